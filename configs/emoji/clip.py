@@ -1,0 +1,86 @@
+"""CLIP on emoji.
+
+  unclip train --config configs/emoji/clip.py --workdir runs/emoji/clip
+
+`:quick` is the first stage of `make quickstart`; `:smoke` trains two steps.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs import common
+from configs.emoji import data
+from unclip_jax.utils import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  arg = config_lib.parse_arg(arg, quick=False, smoke=False)
+  config = common.base()
+  config.name = "clip"
+  config.data = data.emoji(
+    quick=arg.quick, smoke=arg.smoke, image_size=32, random_flip=True
+  )
+
+  config.task_name = "unclip_jax.tasks.clip"
+  config.task = dict(loss_type="softmax", max_logit_scale=100.0)
+  config.model_name = "unclip_jax.models.clip"
+  config.model = dict(
+    image_size=32,
+    patch_size=4,
+    vision_width=192,
+    vision_depth=6,
+    vision_num_heads=6,
+    vocab_size=data.VOCAB_SIZE,
+    context_length=data.CONTEXT_LENGTH,
+    text_width=192,
+    text_depth=4,
+    text_num_heads=6,
+    embed_dim=128,
+  )
+
+  config.num_steps = 8000
+  config.batch_size = 256
+  config.ema_decay = 0.999
+  config.optim.learning_rate = 5e-4
+  config.optim.weight_decay = 0.2  # as Radford et al. 2021
+  config.optim.b2 = 0.98
+  config.optim.eps = 1e-6
+  config.optim.warmup_steps = 200
+
+  config.evals = dict(
+    retrieval=dict(
+      type="unclip_jax.evaluators.retrieval", pred="embed", max_examples=512
+    ),
+    retrieval_train=dict(
+      type="unclip_jax.evaluators.retrieval",
+      pred="embed",
+      split="train",
+      max_examples=512,
+    ),
+    zero_shot=dict(
+      type="unclip_jax.evaluators.zero_shot", pred="embed", max_examples=512
+    ),
+  )
+
+  if arg.quick or arg.smoke:
+    config.model.patch_size = 8
+    config.model.vision_width = config.model.text_width = 128
+    config.model.vision_depth = config.model.text_depth = 3
+    config.model.vision_num_heads = config.model.text_num_heads = 4
+  if arg.quick:
+    common.evaluate_on(config, "train")  # nothing is held out
+    config.num_steps = 600
+    config.batch_size = 128
+    config.ema_decay = 0.99
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 50
+    config.eval_every_steps = 600
+    config.checkpoint.every_steps = 300
+  if arg.smoke:
+    config.model.vision_width = config.model.text_width = 16
+    config.model.vision_depth = config.model.text_depth = 1
+    config.model.vision_num_heads = config.model.text_num_heads = 2
+    config.model.embed_dim = 16
+    common.smoke(config)
+  return config

@@ -1,0 +1,84 @@
+"""The decoder on emoji, over the CLIP of configs/emoji/clip.py.
+
+  unclip train --config configs/emoji/decoder.py --workdir runs/emoji/decoder \
+    --config.frozen.clip.path=runs/emoji/clip
+
+`:quick` is the third stage of `make quickstart`; `:smoke` trains two steps.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from configs import common
+from configs.emoji import clip, data
+from unclip_jax.utils import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  arg = config_lib.parse_arg(arg, quick=False, smoke=False)
+  config = common.base()
+  upstream = clip.get_config(
+    "smoke" if arg.smoke else "quick" if arg.quick else None
+  )
+  config.name = "decoder"
+  config.data = data.emoji(
+    quick=arg.quick,
+    smoke=arg.smoke,
+    image_size=16,
+    clip_image_size=upstream.model.image_size,
+  )
+  config.frozen.clip = dict(path="runs/emoji/clip")
+
+  config.task_name = "unclip_jax.tasks.decoder"
+  config.task = dict(
+    process=dict(schedule="cosine", prediction="eps", variance="learned_range"),
+    embedding_space="mean_std",
+    image_embed_drop_prob=0.1,
+    text_drop_prob=0.5,
+    sample_options=dict(
+      sampler="ddim", num_sample_steps=50, guidance_scale=2.0
+    ),
+  )
+  config.model_name = "unclip_jax.models.unet"
+  config.model = dict(
+    image_size=16,
+    out_channels=6,  # eps and the variance's interpolation
+    channels=96,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=2,
+    attention_resolutions=(8, 4),
+    head_channels=32,
+    image_embed_dim=upstream.model.embed_dim,
+    num_image_embed_tokens=4,
+    text_width=upstream.model.text_width,
+    dropout=0.0,
+  )
+
+  config.num_steps = 20_000
+  config.batch_size = 64
+  config.ema_decay = 0.999
+  config.optim.learning_rate = 3e-4
+  config.evals = common.diffusion_evals(("true", "drawn"))
+
+  if arg.quick or arg.smoke:
+    config.model.channels = 64
+    config.model.num_res_blocks = 1
+  if arg.quick:
+    common.evaluate_on(config, "train")  # nothing is held out
+    config.num_steps = 1500
+    config.batch_size = 32
+    config.ema_decay = 0.995
+    config.optim.learning_rate = 1e-3
+    config.eval_every_steps = 1500
+    config.checkpoint.every_steps = 500
+    config.frozen.clip.path = "runs/quickstart/clip"
+  if arg.smoke:
+    config.model.channels = 16
+    config.model.channel_mult = (1, 2)
+    config.model.head_channels = 8
+    config.model.attention_resolutions = (8,)
+    config.task.sample_options.num_sample_steps = 2
+    config.frozen.clip = dict(untrained=upstream)
+    common.smoke(config)
+  return config

@@ -1,0 +1,94 @@
+"""Settings of the whole test run, made before anything imports jax.
+
+They go into the environment, so that programs which tests start inherit them.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import hypothesis
+import pytest
+
+if "jax" in sys.modules:
+  raise RuntimeError(
+    "jax was imported before tests/conftest.py could set it up"
+  )
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# XLA sizes its thread pool by this: simulated devices that wait for each other
+# in a collective hang where the pool is as small as the number of cores.
+os.environ["NPROC"] = "64"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# On CPU the default convolutions of jax 0.10 are slower by up to 77 %.
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+if _YNN_FLAG not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} {_YNN_FLAG}=-individual_convolution"
+  ).strip()
+
+# Compilation makes the first example of a property slow, whatever the machine.
+hypothesis.settings.register_profile(
+  "unclip_jax", deadline=None, derandomize=True, max_examples=30
+)
+hypothesis.settings.load_profile("unclip_jax")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_dir(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[pathlib.Path]:
+  """Where datasets are prepared: empty at first, one for the whole session."""
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent  # that of all workers
+  path = base / "data_dir"
+  path.mkdir(exist_ok=True)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("UNCLIP_DATA_DIR", str(path))
+    yield path
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+  """Runs `python ARGS` from the repository's root and returns what it printed.
+
+  The function takes the arguments, and by keyword
+    devices: simulate so many CPU devices.
+    env: further environment variables.
+    timeout: seconds after which the test fails.
+    check: fail, showing both outputs, where the exit code is not 0.
+  """
+
+  def run(
+    *args: str | os.PathLike[str],
+    devices: int | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300.0,
+    check: bool = True,
+  ) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(env or {})}
+    if devices is not None:
+      environment["XLA_FLAGS"] += (
+        f" --xla_force_host_platform_device_count={devices}"
+      )
+    process = subprocess.run(
+      [sys.executable, *args],
+      cwd=ROOT,
+      env=environment,
+      timeout=timeout,
+      capture_output=True,
+      text=True,
+    )
+    if check and process.returncode != 0:
+      pytest.fail(
+        f"exit code {process.returncode}\n{process.stdout}\n{process.stderr}"
+      )
+    return process
+
+  return run

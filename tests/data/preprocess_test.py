@@ -1,0 +1,232 @@
+"""One example: resizing, crops, flips, captions, damaged pictures."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.data import degradations
+from unclip_jax.data.preprocess import Preprocess, decode, to_float
+from unclip_jax.data.source import Record
+from unclip_jax.utils.errors import UserError
+
+
+def _encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, kind)
+  return file.getvalue()
+
+
+def _record(size: int = 64, *, flippable: bool = True) -> Record:
+  rng = np.random.default_rng(7)
+  # Smooth, so that a resized crop and a cropped resize agree.
+  coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+  smooth = Image.fromarray(coarse).resize(
+    (size, size), Image.Resampling.BICUBIC
+  )
+  return Record(
+    image=_encode(np.asarray(smooth)),
+    code_point="1F438",
+    name="frog",
+    group="animals",
+    captions=("frog", "a frog", "an emoji of a frog"),
+    flippable=flippable,
+  )
+
+
+def _train(preprocess: Preprocess, record: Record, seed: int = 0) -> dict:
+  return preprocess.train_example(
+    preprocess.resize(record), record, np.random.default_rng(seed)
+  )
+
+
+def test_range_is_minus_one_to_one():
+  np.testing.assert_array_equal(
+    to_float(np.array([0, 255], np.uint8)), np.array([-1, 1], np.float32)
+  )
+
+
+def test_sizes_of_all_pictures():
+  preprocess = Preprocess(image_size=64, clip_image_size=24, low_res_size=16)
+  record = _record()
+  for example in (
+    _train(preprocess, record),
+    preprocess.eval_example(preprocess.resize(record), record),
+  ):
+    shapes = {k: v.shape for k, v in example.items() if k != "caption"}
+    assert shapes == preprocess.picture_shapes(train=True)
+    assert shapes == {
+      "image": (64, 64, 3),
+      "clip_image": (24, 24, 3),
+      "low_res": (16, 16, 3),
+    }
+    for name in shapes:
+      assert example[name].dtype == np.float32
+      assert -1 <= example[name].min() < example[name].max() <= 1
+
+
+def test_resizing_is_antialiased():
+  """A fine checkerboard becomes grey, not black or white."""
+  board = np.indices((64, 64)).sum(0) % 2 * np.uint8(255)
+  record = Record(
+    _encode(np.stack([board] * 3, -1).astype(np.uint8)),
+    "x", "x", "x", ("x",), True,
+  )  # fmt: skip
+  image = Preprocess(image_size=16).resize(record)["image"]
+  assert abs(image[4:-4, 4:-4].astype(int) - 127).max() <= 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_low_res_crop_is_aligned_with_the_target_crop(seed):
+  preprocess = Preprocess(image_size=64, low_res_size=16, crop_size=32)
+  example = _train(preprocess, _record(), seed)
+  assert example["image"].shape == (32, 32, 3)
+  assert example["low_res"].shape == (8, 8, 3)
+  pixels = np.round((example["image"] + 1) * 127.5).astype(np.uint8)
+  resized = Image.fromarray(pixels).resize((8, 8), Image.Resampling.BICUBIC)
+  expected = to_float(np.asarray(resized))
+  # Away from the border, where the filter meets the rest of the picture.
+  inner = np.s_[2:-2, 2:-2]
+  np.testing.assert_allclose(
+    example["low_res"][inner], expected[inner], atol=1.5 / 127.5
+  )
+  shifted = np.abs(example["low_res"][inner] - expected[2:-2, 3:-1])
+  assert shifted.max() > 10 / 127.5  # the test would notice one pixel
+
+
+def test_crops_reach_every_corner_of_the_low_res_grid():
+  record = _record(16)
+  preprocess = Preprocess(image_size=16, low_res_size=4, crop_size=8)
+  whole = preprocess.eval_example(preprocess.resize(record), record)
+  seen = set()
+  for seed in range(200):
+    image = _train(preprocess, record, seed)["image"]
+    seen |= {
+      (y, x)
+      for y in range(0, 9)
+      for x in range(0, 9)
+      if np.array_equal(whole["image"][y : y + 8, x : x + 8], image)
+    }
+  assert seen == {(y, x) for y in (0, 4, 8) for x in (0, 4, 8)}
+
+
+def test_evaluation_takes_whole_clean_pictures():
+  preprocess = Preprocess(
+    image_size=64,
+    low_res_size=16,
+    crop_size=24,
+    blur_prob=1.0,
+    random_flip=True,
+  )
+  record = _record()
+  example = preprocess.eval_example(preprocess.resize(record), record)
+  plain = Preprocess(image_size=64, low_res_size=16, random_caption=False)
+  expected = _train(plain, record)
+  assert example["caption"] == "frog" == expected["caption"]
+  for name in ("image", "low_res"):
+    np.testing.assert_array_equal(example[name], expected[name])
+
+
+def test_blur_touches_low_res_only_and_as_often_as_asked():
+  record = _record()
+  fields = {"image_size": 64, "low_res_size": 16}
+  clean = _train(Preprocess(**fields), record)
+  blurred = _train(Preprocess(**fields, blur_prob=1.0), record)
+  np.testing.assert_array_equal(blurred["image"], clean["image"])
+  np.testing.assert_array_equal(
+    blurred["low_res"],
+    degradations.gaussian_blur(clean["low_res"], kernel=3, sigma=0.6),
+  )
+  assert np.abs(blurred["low_res"] - clean["low_res"]).max() > 0.01
+  half = Preprocess(**fields, blur_prob=0.5)
+  times = sum(
+    not np.array_equal(_train(half, record, s)["low_res"], clean["low_res"])
+    for s in range(200)
+  )
+  assert 70 < times < 130
+
+
+def test_flips_all_pictures_together_and_only_where_allowed():
+  fields = {"image_size": 64, "clip_image_size": 32, "low_res_size": 16}
+  preprocess = Preprocess(**fields, random_flip=True)
+  clean = _train(Preprocess(**fields), _record())
+  flipped = 0
+  for seed in range(60):
+    example = _train(preprocess, _record(), seed)
+    mirrored = not np.array_equal(example["image"], clean["image"])
+    flipped += mirrored
+    for name in ("image", "clip_image", "low_res"):
+      expected = clean[name][:, ::-1] if mirrored else clean[name]
+      np.testing.assert_array_equal(example[name], expected)
+    fixed = _train(preprocess, _record(flippable=False), seed)
+    np.testing.assert_array_equal(fixed["image"], clean["image"])
+  assert 15 < flipped < 45
+
+
+def test_captions_are_drawn_from_all_phrasings():
+  record = _record()
+  preprocess = Preprocess(image_size=16)
+  seen = {_train(preprocess, record, seed)["caption"] for seed in range(60)}
+  assert seen == set(record.captions)
+  fixed = Preprocess(image_size=16, random_caption=False)
+  assert {_train(fixed, record, s)["caption"] for s in range(20)} == {"frog"}
+
+
+def test_an_example_is_a_function_of_its_generator():
+  preprocess = Preprocess(
+    image_size=64,
+    low_res_size=16,
+    crop_size=16,
+    blur_prob=0.5,
+    random_flip=True,
+  )
+  a, b, c = (_train(preprocess, _record(), seed) for seed in (3, 3, 4))
+  assert a["caption"] == b["caption"]
+  np.testing.assert_array_equal(a["image"], b["image"])
+  np.testing.assert_array_equal(a["low_res"], b["low_res"])
+  assert not np.array_equal(a["image"], c["image"])
+
+
+def test_oblong_and_transparent_pictures():
+  pixels = np.zeros((40, 80, 4), np.uint8)
+  pixels[:, :20] = 255, 0, 0, 255  # red sides, which are cut off
+  record = Record(_encode(pixels), "x", "x", "x", ("x",), True)
+  image = Preprocess(image_size=8).resize(record)["image"]
+  assert image.shape == (8, 8, 3)
+  assert (image == 255).all()  # transparent black is white
+
+
+def test_damaged_pictures_are_one_line():
+  good = _encode(np.zeros((32, 32, 3), np.uint8))
+  flipped = bytearray(good)
+  flipped[good.index(b"IDAT") + 6] ^= 255
+  for bad in (b"", b"<svg/>", good[:60], bytes(flipped)):
+    with pytest.raises(UserError, match="'1F438' cannot be decoded") as error:
+      decode(bad, name="1F438")
+    assert "\n" not in str(error.value)
+  gif = _encode(np.zeros((4, 4), np.uint8), "GIF")
+  with pytest.raises(UserError, match="cannot be decoded"):
+    decode(gif, name="1F438")
+  huge = _encode(np.zeros((4001, 4000), bool))
+  with pytest.raises(UserError, match="4000 x 4001 pixels"):
+    decode(huge, name="1F438")
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"low_res_size": 15}, "does not divide"),
+    ({"crop_size": 65}, "crop_size"),
+    ({"low_res_size": 16, "crop_size": 30}, "multiple"),
+    ({"blur_prob": 0.5}, "low_res_size"),
+    ({"low_res_size": 16, "blur_prob": 2.0}, "blur_prob"),
+    ({"blur_kernel": 4}, "odd"),
+    ({"blur_sigma": 0.0}, "blur_sigma"),
+    ({"context_length": 1}, "context_length"),
+    ({"clip_image_size": 0}, "clip_image_size"),
+  ],
+)
+def test_wrong_fields(fields, message):
+  with pytest.raises(UserError, match=message):
+    Preprocess(image_size=64, **fields)

@@ -1,0 +1,331 @@
+"""Every evaluator on small known numbers; padding has no influence."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from unclip_jax.evaluators import (
+  base,
+  low_res_psnr,
+  mean,
+  nearest_match,
+  prior_report,
+  retrieval,
+  sample_grid,
+  zero_shot,
+)
+from unclip_jax.metrics import pictures
+from unclip_jax.utils import errors
+
+N = 10
+GROUPS = ["animal"] * 5 + ["food"] * 3 + ["flag"] + ["animal"]
+
+
+def info(index: int) -> dict[str, Any]:
+  return {"name": f"thing {index}", "group": GROUPS[index]}
+
+
+class Data:
+  """Known predictions per index, served in padded batches."""
+
+  def __init__(self, **arrays: np.ndarray):
+    self.arrays = arrays
+    self.calls = 0
+
+  def batches(
+    self, batch_size: int, given: tuple[str, ...] = ()
+  ) -> Iterator[dict[str, np.ndarray]]:
+    for start in range(0, N, batch_size):
+      index = np.arange(start, start + batch_size)
+      mask = index < N
+      index = np.where(mask, index, 0)
+      batch = {"index": index.astype(np.int32), "mask": mask}
+      for name in given:
+        rows = self.arrays[f"given_{name}"][index].copy()
+        rows[~mask] = np.nan
+        batch[name] = rows
+      yield batch
+
+  def predict(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    self.calls += 1
+    result = {}
+    for name, value in self.arrays.items():
+      if name.startswith("given_"):
+        continue
+      if value.ndim == 0:
+        result[name] = value
+        continue
+      rows = value[batch["index"]].astype(np.float32)
+      # What a network makes of padding: anything, NaN at worst.
+      rows[~batch["mask"]] = np.nan
+      result[name] = rows
+    return result
+
+
+def run(evaluator, data, batch_size=4, given=()) -> dict[str, Any]:
+  return dict(
+    evaluator.run(data.predict, data.batches(batch_size, given), info)
+  )
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+def test_every_evaluator_is_a_frozen_dataclass():
+  names = (
+    "mean retrieval zero_shot sample_grid prior_report nearest_match"
+    " low_res_psnr"
+  )
+  for name in names.split():
+    module = importlib.import_module(f"unclip_jax.evaluators.{name}")
+    evaluator = module.Evaluator()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      evaluator.any_field = 1
+
+
+# ---- base
+
+
+def test_walk_drops_padding_and_stops_in_time():
+  data = Data(x=np.arange(N))
+  batches = data.batches(4)
+  rows = [p["x"] for p, _ in base.walk(data.predict, batches, 6)]
+  np.testing.assert_array_equal(np.concatenate(rows), np.arange(6))
+  assert data.calls == 2
+  assert next(batches)["index"][0] == 8  # nothing was read beyond need
+  rows = [p["x"] for p, _ in base.walk(data.predict, data.batches(4))]
+  np.testing.assert_array_equal(np.concatenate(rows), np.arange(N))
+
+
+def test_walk_without_a_mask_takes_every_row():
+  walked = base.walk(lambda b: {"x": b["index"]}, [{"index": np.arange(3)}])
+  np.testing.assert_array_equal(next(walked)[0]["x"], np.arange(3))
+
+
+def test_missing_names_and_empty_splits_are_user_errors():
+  data = Data(x=np.arange(N))
+  with pytest.raises(errors.UserError, match=r"'y' in the prediction.*\['x'\]"):
+    base.collect(data.predict, data.batches(4), ("y",))
+  with pytest.raises(errors.UserError, match="'image' in the batch"):
+    base.collect(data.predict, data.batches(4), ("x",), ("image",))
+  empty = [{"index": np.zeros(2, np.int32), "mask": np.zeros(2, bool)}]
+  for batches in ([], empty):
+    for evaluator in (mean, zero_shot, retrieval):
+      with pytest.raises(errors.UserError, match="nothing to evaluate"):
+        dict(evaluator.Evaluator().run(data.predict, batches, info))
+
+
+# ---- mean
+
+
+def test_mean_is_that_of_the_real_rows():
+  data = Data(loss=random(N), scale=np.asarray(7.0))
+  for batch_size in (1, 4, 16):
+    values = run(mean.Evaluator(), data, batch_size)
+    np.testing.assert_allclose(
+      values["loss"], data.arrays["loss"].astype(np.float64).mean(), rtol=1e-9
+    )
+    assert values["scale"] == 7.0
+
+
+def test_mean_of_the_first_examples():
+  data = Data(loss=np.arange(N, dtype=np.float32))
+  assert run(mean.Evaluator(max_examples=5), data) == {"loss": 2.0}
+
+
+def test_mean_refuses_embeddings():
+  data = Data(image_embed=random(N, 3))
+  with pytest.raises(errors.UserError, match="'image_embed' has shape"):
+    run(mean.Evaluator(), data)
+
+
+# ---- retrieval
+
+
+def test_retrieval_counts_known_mistakes():
+  image_embed = np.eye(N)
+  # Captions 0 and 1 are swapped; pictures 2 and 3 have the same caption.
+  text_embed = np.eye(N)[[1, 0, 2, 2, 4, 5, 6, 7, 8, 9]]
+  data = Data(image_embed=image_embed, text_embed=text_embed)
+  values = run(retrieval.Evaluator(), data, batch_size=3)
+  # Caption 2 finds picture 2, caption 3 finds it too and misses its own.
+  np.testing.assert_allclose(values["text_to_image_r1"], 7 / 10)
+  # Picture 2 has two equal captions (a half), picture 3 none: to it all ten
+  # are alike (a tenth).
+  np.testing.assert_allclose(values["image_to_text_r1"], 6.6 / 10)
+  assert values["chance_r1"] == 0.1 and values["chance_r5"] == 0.5
+  assert values["count"] == 10.0
+  few = run(retrieval.Evaluator(ks=(2,), max_examples=4), data)
+  assert few["chance_r2"] == 0.5 and few["count"] == 4.0
+  assert "chance_r1" not in few
+
+
+# ---- zero_shot
+
+
+def zero_shot_data() -> Data:
+  """One direction per group; picture 4 looks like food."""
+  direction = {"animal": 0, "food": 1, "flag": 2}
+  text_embed = np.eye(3)[[direction[group] for group in GROUPS]]
+  image_embed = text_embed.copy()
+  image_embed[4] = np.eye(3)[1]
+  return Data(image_embed=image_embed, text_embed=text_embed)
+
+
+def test_zero_shot_accuracies():
+  values = run(zero_shot.Evaluator(), zero_shot_data())
+  # The only flag has no other caption: nine examples are classified.
+  assert values["count"] == 9.0 and values["num_classes"] == 3.0
+  np.testing.assert_allclose(values["accuracy"], 8 / 9)
+  np.testing.assert_allclose(values["class_accuracy"], (5 / 6 + 1) / 2)
+  np.testing.assert_allclose(values["chance"], 6 / 9)
+  np.testing.assert_allclose(values["class_chance"], 1 / 3)
+
+
+def test_zero_shot_never_uses_the_pictures_own_caption():
+  # Each caption is its picture and nothing else: no caption of the class helps.
+  data = Data(image_embed=np.eye(N), text_embed=np.eye(N))
+  data.arrays["image_embed"] = np.eye(N) + 0.01 * random(N, N)
+  own = run(zero_shot.Evaluator(), data)
+  data.arrays["text_embed"] = np.eye(N)[
+    # Rotated inside the classes: the same class means, no own caption.
+    [1, 2, 3, 4, 9, 6, 7, 5, 8, 0]
+  ]
+  other = run(zero_shot.Evaluator(), data)
+  assert own["accuracy"] < 0.8 and other["accuracy"] == 1.0
+
+
+def test_zero_shot_takes_the_label_of_the_data_if_there_is_one():
+  data = zero_shot_data()
+  data.arrays["given_label"] = np.arange(N) % 2 + 0.0
+  batches = data.batches(5, given=("label",))
+  values = dict(zero_shot.Evaluator().run(data.predict, batches, None))
+  assert values["num_classes"] == 2.0 and values["chance"] == 0.5
+
+
+def test_zero_shot_says_what_is_missing():
+  data = zero_shot_data()
+  with pytest.raises(errors.UserError, match="neither 'label'"):
+    dict(zero_shot.Evaluator().run(data.predict, data.batches(4), None))
+  with pytest.raises(errors.UserError, match=r"'size' is unknown.*'group'"):
+    run(zero_shot.Evaluator(class_field="size"), data)
+  with pytest.raises(errors.UserError, match="10 classes for 10"):
+    run(zero_shot.Evaluator(class_field="name"), data)
+
+
+# ---- prior_report
+
+
+def test_prior_report_of_known_angles():
+  true = np.eye(N) * 2.0
+  data = Data(image_embed=true * 3.0, true_image_embed=true, text_embed=true)
+  values = run(prior_report.Evaluator(), data)
+  assert values["cosine"] == 1.0 and values["cosine_shuffled"] == 0.0
+  assert values["r1"] == 1.0 and values["chance_r1"] == 0.1
+  np.testing.assert_allclose(values["norm_ratio"], 3.0)
+  half = np.eye(N) + np.roll(np.eye(N), 1, axis=0)
+  values = run(
+    prior_report.Evaluator(),
+    Data(image_embed=-true, true_image_embed=true, text_embed=half),
+  )
+  assert values["cosine"] == -1.0 and values["count"] == N
+  np.testing.assert_allclose(values["cosine_text"], np.sqrt(0.5))
+
+
+def test_prior_report_needs_two():
+  data = Data(
+    image_embed=random(N, 4),
+    true_image_embed=random(N, 4),
+    text_embed=random(N, 4),
+  )
+  with pytest.raises(errors.UserError, match="two or more"):
+    run(prior_report.Evaluator(max_examples=1), data)
+
+
+# ---- nearest_match
+
+
+@pytest.mark.parametrize("drawn_size", [16, 32])
+def test_nearest_match_of_shuffled_pictures(drawn_size):
+  true = random(N, 32, 32, 3)
+  drawn = pictures.area_resize(true, drawn_size, drawn_size)
+  order = [1, 2, 3, 0, 4, 5, 6, 7, 8, 9]
+  data = Data(image=drawn[order], given_image=true)
+  evaluator = nearest_match.Evaluator(num_grid=4)
+  values = run(evaluator, data, batch_size=4, given=("image",))
+  assert values["top1"] == 0.6 and values["chance_top1"] == 0.1
+  assert values["chance_top5"] == 0.5 and values["count"] == N
+  assert 0.6 <= values["top5"] <= 1.0
+  side = drawn_size + 2
+  assert values["grid"].shape == (2 * side + 2, 2 * (2 * side - 2) + 2, 3)
+  np.testing.assert_allclose(
+    values["grid"][2:side, 2 : 2 + drawn_size],
+    pictures.area_resize(true[:1], drawn_size, drawn_size)[0],
+    atol=1e-6,
+  )
+  np.testing.assert_allclose(
+    values["grid"][2:side, 2 + drawn_size : 2 + 2 * drawn_size],
+    drawn[1],
+    atol=1e-6,
+  )
+  assert "grid" not in run(nearest_match.Evaluator(), data, given=("image",))
+
+
+# ---- sample_grid
+
+
+def test_sample_grid_shows_the_parts_from_left_to_right():
+  drawn, true = random(N, 8, 8, 3, seed=1), random(N, 8, 8, 3, seed=2)
+  low_res = random(N, 4, 4, 3, seed=3)
+  data = Data(image=drawn, given_image=true, given_low_res=low_res)
+  evaluator = sample_grid.Evaluator(
+    num_examples=3, columns=1, parts=("low_res", "true", "drawn")
+  )
+  values = run(evaluator, data, batch_size=2, given=("image", "low_res"))
+  assert data.calls == 2
+  grid = values["grid"]
+  assert grid.shape == (3 * 10 + 2, 24 + 4, 3) and grid.dtype == np.float32
+  enlarged = low_res.repeat(2, axis=1).repeat(2, axis=2)
+  for i in range(3):
+    rows = grid[2 + 10 * i : 10 + 10 * i]
+    np.testing.assert_allclose(rows[:, 2:10], enlarged[i], atol=1e-6)
+    np.testing.assert_allclose(rows[:, 10:18], true[i], atol=1e-6)
+    np.testing.assert_allclose(rows[:, 18:26], drawn[i], atol=1e-6)
+
+
+def test_sample_grid_of_drawn_pictures_needs_no_true_ones():
+  data = Data(image=random(N, 4, 4, 3))
+  values = run(sample_grid.Evaluator(num_examples=4, parts=("drawn",)), data)
+  assert values["grid"].shape == (2 * 6 + 2, 2 * 6 + 2, 3)
+  with pytest.raises(errors.UserError, match="must be taken from"):
+    run(sample_grid.Evaluator(parts=("true", "low_ress")), data)
+
+
+# ---- low_res_psnr
+
+
+def test_low_res_psnr_of_known_errors():
+  true = 0.5 * random(N, 8, 8, 3)
+  low_res = pictures.area_resize(true, 4, 4).astype(np.float32)
+  # +-0.2 in a checkerboard: 20 dB from the true one, nothing on average.
+  board = np.indices((8, 8)).sum(axis=0) % 2 * 0.4 - 0.2
+  data = Data(
+    image=true + board[None, :, :, None],
+    given_image=true,
+    given_low_res=low_res,
+  )
+  values = run(low_res_psnr.Evaluator(), data, given=("image", "low_res"))
+  np.testing.assert_allclose(values["psnr"], 20.0, atol=1e-4)
+  np.testing.assert_allclose(values["consistency_psnr"], 100.0)
+  np.testing.assert_allclose(values["consistency_psnr_true"], 100.0)
+  enlarged = pictures.bilinear_resize(low_res, 8, 8)
+  expected = 10 * np.log10(4 / ((enlarged - true) ** 2).mean(axis=(1, 2, 3)))
+  np.testing.assert_allclose(
+    values["psnr_bilinear"], expected.mean(), rtol=1e-5
+  )
+  assert values["count"] == N

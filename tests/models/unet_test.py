@@ -1,0 +1,340 @@
+"""The U-Net: sizes, conditions, their cache, convolution everywhere."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import random_variables
+from unclip_jax.models import unet
+from unclip_jax.utils import errors
+
+MODEL = unet.Model(
+  image_size=8,
+  out_channels=6,
+  channels=8,
+  channel_mult=(1, 2),
+  num_res_blocks=1,
+  attention_resolutions=(4,),
+  head_channels=8,
+  image_embed_dim=6,
+  num_image_embed_tokens=2,
+  text_width=10,
+)
+UPSAMPLER = unet.Model(
+  image_size=8,
+  out_channels=3,
+  channels=8,
+  channel_mult=(1, 2),
+  num_res_blocks=1,
+  attention_resolutions=(),
+)
+KEEP = np.zeros(2, bool)
+DROP = np.asarray([True, False])
+X_T = random_variables.normal(2, 8, 8, 3)
+TIMESTEPS = np.asarray([1, 700], np.int32)
+CONDITIONS = {
+  "image_embed": random_variables.normal(2, 6),
+  "text_encodings": random_variables.normal(2, 5, 10),
+  "text_mask": np.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool),
+}
+
+
+@pytest.fixture(name="variables", scope="module")
+def _variables():
+  return random_variables.like(MODEL.init, X_T, TIMESTEPS, **CONDITIONS)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(variables, x_t, timesteps, model=MODEL, **conditions):
+  return model.apply(variables, x_t, timesteps, **conditions)
+
+
+@jax.jit
+def _weighted_gradients(variables, image_embed_drop, text_drop):
+  """Of a weighted sum of the output: by image_embed, text and parameters."""
+
+  def total(image_embed, text_encodings, variables):
+    output, _ = MODEL.apply(
+      variables,
+      X_T,
+      TIMESTEPS,
+      image_embed=image_embed,
+      text_encodings=text_encodings,
+      text_mask=CONDITIONS["text_mask"],
+      image_embed_drop=image_embed_drop,
+      text_drop=text_drop,
+    )
+    return (output * random_variables.normal(2, 8, 8, 6)).sum()
+
+  by_image_embed, by_text, by_variables = jax.grad(total, argnums=(0, 1, 2))(
+    CONDITIONS["image_embed"], CONDITIONS["text_encodings"], variables
+  )
+  return by_image_embed, by_text, by_variables["params"]
+
+
+def _init_arguments(low_res):
+  picture = jnp.zeros((1, 64, 64, 3))
+  arguments = (picture, jnp.zeros(1, jnp.int32))
+  return arguments, {"low_res": picture} if low_res else {}
+
+
+@pytest.mark.parametrize(
+  ("channels", "mult", "num_res_blocks", "scale_shift_norm", "expected"),
+  [
+    (320, (1, 2, 3, 4), 3, False, 691_579_523),
+    (320, (1, 2, 3, 4), 3, True, 729_702_083),
+    (192, (1, 1, 2, 2, 4, 4), 2, False, 267_146_691),
+    (192, (1, 1, 2, 2, 4, 4), 2, True, 282_059_139),
+  ],
+)
+def test_parameters_of_the_upsamplers(
+  channels, mult, num_res_blocks, scale_shift_norm, expected
+):
+  model = unet.Model(
+    image_size=256,
+    out_channels=3,
+    channels=channels,
+    channel_mult=mult,
+    num_res_blocks=num_res_blocks,
+    attention_resolutions=(),
+    scale_shift_norm=scale_shift_norm,
+  )
+  arguments, low_res = _init_arguments(low_res=True)
+  assert random_variables.count(model.init, *arguments, **low_res) == expected
+
+
+def test_parameters_of_karlos_decoder():
+  model = unet.Model(
+    image_size=64,
+    out_channels=6,
+    channels=320,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=3,
+    attention_resolutions=(32, 16, 8),
+    image_embed_dim=768,
+    text_width=768,
+    context_width=1536,
+  )
+  arguments, _ = _init_arguments(low_res=False)
+  count = random_variables.count(
+    model.init,
+    *arguments,
+    image_embed=jnp.zeros((1, 768)),
+    text_encodings=jnp.zeros((1, 77, 768)),
+  )
+  null_text_encodings = 768  # Karlo has none
+  assert count == 885_439_686 + 7_878_400 + null_text_encodings
+
+
+def test_parameters_of_the_papers_decoder():
+  model = unet.Model(
+    image_size=64,
+    out_channels=6,
+    channels=512,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=3,
+    attention_resolutions=(32, 16, 8),
+    text_width=2048,
+  )
+  arguments, _ = _init_arguments(low_res=False)
+  count = random_variables.count(
+    model.init, *arguments, text_encodings=jnp.zeros((1, 256, 2048))
+  )
+  # The U-Net proper: without what brings the text to it.
+  projections = 2 * (2048 * 2048 + 2048)
+  layer_norm, null = 2 * 2048, 2048
+  assert count == 2_238_164_486 + projections + layer_norm + null
+
+
+def test_outputs(variables):
+  output, out = _apply(variables, X_T, TIMESTEPS, **CONDITIONS)
+  assert output.shape == (2, 8, 8, 6) and output.dtype == jnp.float32
+  assert out["mid"].shape == (2, 4, 4, 16)
+  names = set(variables["params"])
+  units = {"down_0_0", "down_0_1", "down_1_0", "mid_0", "mid_1"}
+  units |= {"up_0_0", "up_0_1", "up_1_0", "up_1_1", "up_1_2"}
+  assert units <= names
+  attending = {n for n in units if "attn" in variables["params"][n]}
+  assert attending == {"down_1_0", "mid_0", "up_1_0", "up_1_1"}
+
+
+def test_new_unet_predicts_zero(variables):
+  @jax.jit
+  def init_conv_out():  # only this layer, or it compiles for long
+    return MODEL.init(jax.random.key(0), X_T, TIMESTEPS, **CONDITIONS)[
+      "params"
+    ]["conv_out"]
+
+  variables = {"params": {**variables["params"], "conv_out": init_conv_out()}}
+  output, out = _apply(variables, X_T, TIMESTEPS, **CONDITIONS)
+  np.testing.assert_array_equal(output, 0)
+  assert np.all(out["mid"] != 0)
+
+
+@jax.jit
+def _encode_condition(variables, conditions):
+  return MODEL.apply(variables, **conditions, method=MODEL.encode_condition)
+
+
+@jax.jit
+def _denoise(variables, condition):
+  return MODEL.apply(variables, X_T, TIMESTEPS, condition, method=MODEL.denoise)
+
+
+@pytest.mark.parametrize("drops", [{}, {"image_embed_drop", "text_drop"}])
+def test_encode_condition_and_denoise_equal_the_whole(variables, drops):
+  conditions = {**CONDITIONS, **dict.fromkeys(drops, DROP)}
+  output, _ = _apply(variables, X_T, TIMESTEPS, **conditions)
+  condition = _encode_condition(variables, conditions)
+  np.testing.assert_allclose(
+    _denoise(variables, condition), output, rtol=1e-5, atol=1e-5
+  )
+  assert set(condition.context) == {"down_1_0", "mid_0", "up_1_0", "up_1_1"}
+  # 2 image tokens and 5 text states, in 2 heads of 8.
+  assert condition.context["mid_0"].key.shape == (2, 2, 2 + 5, 8)
+
+
+def test_denoise_reads_no_parameter_of_the_conditions(variables):
+  condition = jax.eval_shape(_encode_condition, variables, CONDITIONS)
+  jaxpr = jax.make_jaxpr(_denoise.__wrapped__)(variables, condition).jaxpr
+  read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator=".")
+    for path, _ in jax.tree_util.tree_leaves_with_path((variables, condition))
+  ]
+  unread = {path for path, v in zip(paths, jaxpr.invars) if id(v) not in read}
+  assert unread == {
+    path
+    for path in paths
+    if any(name in path for name in ("null_", "text_", "embed_", "context_"))
+    and "time_embed." not in path
+  }
+
+
+def test_output_depends_on_the_conditions_and_on_no_padding(variables):
+  by_image_embed, by_text, _ = _weighted_gradients(variables, KEEP, KEEP)
+  assert np.all(by_image_embed != 0)
+  by_position = np.abs(by_text).sum(-1)
+  np.testing.assert_array_equal(by_position > 0, CONDITIONS["text_mask"])
+
+
+def test_dropped_conditions_have_zero_gradient_independently(variables):
+  by_image_embed, by_text, null = _weighted_gradients(variables, DROP, KEEP)
+  assert not np.any(by_image_embed[DROP]) and np.any(by_image_embed[~DROP])
+  assert np.any(by_text[0]) and np.any(by_text[1])
+  assert np.any(null["null_image_embed"])
+  assert not np.any(null["null_text_encodings"])
+
+  by_image_embed, by_text, null = _weighted_gradients(variables, KEEP, DROP)
+  assert not np.any(by_text[DROP]) and np.any(by_text[~DROP])
+  assert np.any(by_image_embed[0]) and np.any(by_image_embed[1])
+  assert np.any(null["null_text_encodings"])
+  assert not np.any(null["null_image_embed"])
+
+
+def test_text_reaches_both_the_timestep_and_the_context(variables):
+  """The pooled state is that of the last real token, not of the last."""
+  condition = MODEL.apply(
+    variables, **CONDITIONS, method=MODEL.encode_condition
+  )
+  params = variables["params"]
+  expected = (
+    CONDITIONS["image_embed"] @ (params["image_embed_time_proj"]["kernel"])
+    + CONDITIONS["text_encodings"][[0, 1], [2, 4]]
+    @ (params["text_time_proj"]["kernel"])
+  )
+  for name in ("image_embed_time_proj", "text_time_proj"):
+    expected = expected + params[name]["bias"]
+  np.testing.assert_allclose(condition.emb, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(
+    condition.mask,
+    np.pad(CONDITIONS["text_mask"], ((0, 0), (2, 0)), constant_values=True),
+  )
+
+
+def test_convolutional_net_runs_on_pictures_larger_than_its_crops():
+  crop, low_crop = np.zeros((2, 8, 8, 3)), np.zeros((2, 2, 2, 3))
+  variables = random_variables.like(
+    UPSAMPLER.init, crop, TIMESTEPS, low_res=low_crop
+  )
+  output, _ = _apply(
+    variables,
+    random_variables.normal(2, 16, 12, 3),
+    TIMESTEPS,
+    model=UPSAMPLER,
+    low_res=random_variables.normal(2, 4, 3, 3),
+  )
+  assert output.shape == (2, 16, 12, 3)
+
+
+def test_convolutional_net_commutes_with_shifts():
+  """By the stride of the lowest level; GroupNorm sees the same values."""
+  variables = random_variables.like(UPSAMPLER.init, X_T, TIMESTEPS)
+  # Nothing but a patch, further from the border than the net can see.
+  picture = np.zeros((2, 96, 96, 3), np.float32)
+  picture[:, 44:52, 44:52] = X_T
+
+  def interior(shift):
+    moved = np.roll(picture, shift, axis=(1, 2))
+    output, _ = _apply(variables, moved, TIMESTEPS, model=UPSAMPLER)
+    return np.roll(output, -shift, axis=(1, 2))[:, 40:56, 40:56]
+
+  np.testing.assert_allclose(interior(2), interior(0), rtol=1e-3, atol=1e-3)
+  assert not np.allclose(interior(1), interior(0), rtol=1e-3, atol=1e-3)
+
+
+def test_low_res_is_resized_bilinearly_beside_x_t():
+  variables = random_variables.like(UPSAMPLER.init, X_T, TIMESTEPS, low_res=X_T)
+  low_res = random_variables.normal(2, 4, 4, 3)
+  resized = jax.image.resize(low_res, (2, 8, 8, 3), "bilinear")
+  given, doubled = (
+    _apply(variables, X_T, TIMESTEPS, model=UPSAMPLER, low_res=x)[0]
+    for x in (low_res, resized)
+  )
+  np.testing.assert_allclose(given, doubled, rtol=1e-4, atol=1e-4)
+  other = _apply(variables, X_T, TIMESTEPS, model=UPSAMPLER, low_res=-resized)
+  assert not np.allclose(other[0], doubled, atol=1e-2)
+
+
+def test_plain_resamplers_and_additive_embedding_run():
+  model = dataclasses.replace(
+    UPSAMPLER, resblock_updown=False, scale_shift_norm=False
+  )
+  variables = random_variables.like(model.init, X_T, TIMESTEPS)
+  assert set(variables["params"]["down_0_1"]) == {"conv"}
+  output, _ = _apply(variables, X_T, TIMESTEPS, model=model)
+  later, _ = _apply(variables, X_T, TIMESTEPS + 100, model=model)
+  assert output.shape == (2, 8, 8, 3)
+  assert not np.allclose(output, later, atol=1e-3)
+
+
+def test_bfloat16_is_close_to_float32(variables):
+  model = dataclasses.replace(MODEL, dtype="bfloat16", remat=True)
+  exact, _ = _apply(variables, X_T, TIMESTEPS, **CONDITIONS)
+  rounded, out = _apply(variables, X_T, TIMESTEPS, model=model, **CONDITIONS)
+  assert out["mid"].dtype == jnp.bfloat16
+  assert rounded.dtype == jnp.float32
+  error = np.linalg.norm(rounded - exact)
+  assert 0 < error < 0.05 * np.linalg.norm(exact)
+
+
+def test_user_mistakes():
+  def init(model=MODEL, x_t=X_T, **conditions):
+    jax.eval_shape(
+      lambda: model.init(jax.random.key(0), x_t, TIMESTEPS, **conditions)
+    )
+
+  with pytest.raises(errors.UserError, match="multiples of 2, not 7 x 8"):
+    init(UPSAMPLER, X_T[:, :7])
+  with pytest.raises(errors.UserError, match="conditioned on image_embed"):
+    init(text_encodings=CONDITIONS["text_encodings"])
+  with pytest.raises(errors.UserError, match="not conditioned on text"):
+    init(UPSAMPLER, text_encodings=CONDITIONS["text_encodings"])
+  with pytest.raises(errors.UserError, match=r"\[5\] are no level"):
+    init(dataclasses.replace(MODEL, attention_resolutions=(4, 5)), **CONDITIONS)
+  with pytest.raises(errors.UserError, match="head_channels 5"):
+    init(dataclasses.replace(MODEL, head_channels=5), **CONDITIONS)

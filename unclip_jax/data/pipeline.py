@@ -1,0 +1,319 @@
+"""From a source to batches, in an order that is a function of the step.
+
+The position law: the example at place i of step s is f(seed, p), where
+p = s * global_batch + i counts examples since the start of training. Epoch
+p // N is a permutation of the N records of its own, and every augmentation is
+drawn from a generator seeded by (seed, p). A host yields its block of each
+global batch. So a run resumes at any step, on any number of hosts and
+threads, from `step` alone; the concatenated batches of the hosts are the
+batch of one host.
+
+Grain's MapDataset supplies the permutations (an index shuffle without a
+table), the generators and the prefetching threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import logging
+
+from unclip_jax.data import tokenizers
+from unclip_jax.data.preprocess import Preprocess
+from unclip_jax.data.source import Record, Source
+from unclip_jax.utils import config as config_lib
+from unclip_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+  import jax
+
+Batch = dict[str, np.ndarray]
+
+TOKENIZER_FILE = "tokenizer.model"
+
+# Decoded pictures are kept in memory up to this size: without, small datasets
+# would have the same PNGs decoded in every epoch.
+_CACHE_BYTES = 256 * 2**20
+_ENDLESS = 2**40  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPipeline:
+  """Batches of one source.
+
+  A batch holds image, clip_image and low_res (those that `preprocess` asks
+  for) float32 [B, H, W, 3] in [-1, 1]; text_tokens int32 [B, L]; text_mask
+  bool [B, L]; index int32 [B], the position in the split; mask bool [B],
+  False at padding rows.
+
+  Fields:
+    source: the pictures.
+    preprocess: how an example is made of one.
+    seed: of the order and the augmentations.
+    tokenizer_path: SentencePiece model; None: the source's own.
+    num_threads: threads that prepare batches; the result does not depend on
+      it.
+    prefetch: batches that may be ready ahead.
+  """
+
+  source: Source
+  preprocess: Preprocess
+  seed: int
+  tokenizer_path: str | None = None
+  num_threads: int = 2
+  prefetch: int = 4
+
+  @classmethod
+  def from_config(
+    cls, config_data: Any, *, seed: int, assets_dir: str | None = None
+  ) -> DataPipeline:
+    """Builds the pipeline that `config.data` describes.
+
+    Args:
+      config_data: has source_name (a module with a `Source`), source and
+        preprocess (their fields), and optionally tokenizer (a path).
+      seed: of the order and the augmentations.
+      assets_dir: a folder with the tokenizer that must be used, such as that
+        of a frozen CLIP; it wins over config.data.tokenizer.
+
+    Raises:
+      UserError: an unknown field, module, or no tokenizer in `assets_dir`.
+    """
+    path = config_data.get("tokenizer")
+    if assets_dir is not None:
+      path = f"{assets_dir}/{TOKENIZER_FILE}"
+    module = config_lib.import_module(config_data["source_name"])
+    source = config_lib.construct(
+      module.Source, config_data.get("source"), where="config.data.source"
+    )
+    preprocess = config_lib.construct(
+      Preprocess, config_data["preprocess"], where="config.data.preprocess"
+    )
+    stored = getattr(source, "image_size", preprocess.image_size)
+    if stored < preprocess.image_size:
+      logging.warning(
+        "pictures stored at %d px are enlarged to %d px: raise"
+        " config.data.source.image_size",
+        stored,
+        preprocess.image_size,
+      )
+    return cls(source, preprocess, seed, path)
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizers.SentencePieceTokenizer:
+    """The tokenizer in use."""
+    path = self.tokenizer_path or self.source.tokenizer_path()
+    return tokenizers.SentencePieceTokenizer(path)
+
+  def num_examples(self, split: str) -> int:
+    """The number of records in a split."""
+    return len(self._examples(split).records)
+
+  def train_batches(
+    self,
+    start_step: int,
+    global_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[Batch]:
+    """This host's block of every global batch from `start_step` on, endless.
+
+    Batches are prepared in threads ahead of their use.
+
+    Args:
+      start_step: the first step, 0 at the start of training.
+      global_batch: examples a step over all hosts; may exceed the dataset.
+      process_index: which host this is.
+      process_count: how many there are; divides global_batch.
+
+    Raises:
+      UserError: global_batch does not divide, or the data is damaged.
+    """
+    import grain
+
+    block = _block(global_batch, process_index, process_count)
+    examples = self._examples("train")
+    dataset = (
+      grain.MapDataset.range(len(examples.records))
+      .seed(self.seed % 2**32)
+      .shuffle()
+      .repeat()
+      .random_map(examples.train)
+    )
+
+    def batch(step: int) -> Batch:
+      start = step * global_batch
+      return self._collate([dataset[start + i] for i in block])
+
+    steps = grain.MapDataset.range(start_step, _ENDLESS)
+    options = grain.ReadOptions(
+      num_threads=self.num_threads, prefetch_buffer_size=self.prefetch
+    )
+    return iter(steps.map(batch).to_iter_dataset(options))
+
+  def eval_batches(
+    self,
+    split: str,
+    batch_size: int,
+    max_examples: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterable[Batch]:
+    """A split once, in its order; may be iterated over repeatedly.
+
+    No augmentation, the canonical caption. The last batch is filled up with
+    repetitions whose `mask` is False; all hosts yield equally many batches.
+
+    Args:
+      split: "train", "validation" or "all".
+      batch_size: examples a batch over all hosts.
+      max_examples: only the first ones; None: all.
+      process_index: which host this is.
+      process_count: how many there are; divides batch_size.
+
+    Raises:
+      UserError: batch_size does not divide, or the split is unknown or empty.
+    """
+    return _EvalBatches(
+      pipeline=self,
+      examples=self._examples(split),
+      batch_size=batch_size,
+      block=_block(batch_size, process_index, process_count),
+      max_examples=max_examples,
+    )
+
+  def batch_spec(
+    self, batch_size: int, *, train: bool = True
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch, without reading data."""
+    import jax
+
+    text = (batch_size, self.preprocess.context_length)
+    shapes = {
+      name: ((batch_size, *shape), np.float32)
+      for name, shape in self.preprocess.picture_shapes(train=train).items()
+    } | {
+      "text_tokens": (text, np.int32),
+      "text_mask": (text, np.bool_),
+      "index": ((batch_size,), np.int32),
+      "mask": ((batch_size,), np.bool_),
+    }
+    return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}
+
+  def assets(self) -> dict[str, str]:
+    """Name -> path of the files that must be stored with a model."""
+    return {TOKENIZER_FILE: self.tokenizer.path}
+
+  def example_info(self, index: int, split: str) -> dict[str, Any]:
+    """code_point, name, group and captions of a position, for reports."""
+    record = self._examples(split).records[index]
+    return {
+      "code_point": record.code_point,
+      "name": record.name,
+      "group": record.group,
+      "captions": record.captions,
+    }
+
+  @functools.cached_property
+  def _open_splits(self) -> dict[str, _Examples]:
+    return {}
+
+  def _examples(self, split: str) -> _Examples:
+    if split not in self._open_splits:
+      records = self.source.records(split)
+      self._open_splits[split] = _Examples(records, self.preprocess)
+    return self._open_splits[split]
+
+  def _collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
+    captions = [example.pop("caption") for example in examples]
+    text_tokens, text_mask = self.tokenizer.encode(
+      captions, self.preprocess.context_length
+    )
+    batch = {
+      name: np.stack([example[name] for example in examples])
+      for name in examples[0]
+    }
+    return {**batch, "text_tokens": text_tokens, "text_mask": text_mask}
+
+
+class _Examples:
+  """The examples of one split; keeps decoded pictures up to a bound."""
+
+  def __init__(self, records: Sequence[Record], preprocess: Preprocess):
+    self.records = records
+    self._preprocess = preprocess
+    self._cache: dict[int, dict[str, np.ndarray]] = {}
+    shapes = preprocess.picture_shapes(train=False).values()
+    size = sum(int(np.prod(shape)) for shape in shapes)
+    self._cache_entries = _CACHE_BYTES // size
+
+  def train(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """One augmented example."""
+    example = self._preprocess.train_example(
+      self._pictures(index), self.records[index], rng
+    )
+    return _numbered(example, index, True)
+
+  def evaluate(self, index: int, real: bool) -> dict[str, Any]:
+    """One clean example; `real` is its `mask`."""
+    example = self._preprocess.eval_example(
+      self._pictures(index), self.records[index]
+    )
+    return _numbered(example, index, real)
+
+  def _pictures(self, index: int) -> dict[str, np.ndarray]:
+    # Two threads may decode the same picture at once: to the same pixels.
+    pictures = self._cache.get(index)
+    if pictures is None:
+      pictures = self._preprocess.resize(self.records[index])
+      if len(self._cache) < self._cache_entries:
+        self._cache[index] = pictures
+    return pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalBatches:
+  """What `DataPipeline.eval_batches` returns."""
+
+  pipeline: DataPipeline
+  examples: _Examples
+  batch_size: int
+  block: range
+  max_examples: int | None
+
+  def __len__(self) -> int:
+    return -(-self._size // self.batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    last = self._size - 1
+    for start in range(0, self._size, self.batch_size):
+      positions = [start + i for i in self.block]
+      yield self.pipeline._collate(
+        [self.examples.evaluate(min(p, last), p <= last) for p in positions]
+      )
+
+  @property
+  def _size(self) -> int:
+    size = len(self.examples.records)
+    return size if self.max_examples is None else min(size, self.max_examples)
+
+
+def _numbered(
+  example: dict[str, Any], index: int, real: bool
+) -> dict[str, Any]:
+  return {**example, "index": np.int32(index), "mask": np.bool_(real)}
+
+
+def _block(size: int, process_index: int, process_count: int) -> range:
+  """The places of a global batch that a host makes."""
+  if size < 1 or size % process_count:
+    raise UserError(
+      f"the batch size {size} is not a multiple of the {process_count} host(s):"
+      " change it"
+    )
+  block = size // process_count
+  return range(process_index * block, (process_index + 1) * block)

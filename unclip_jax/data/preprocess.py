@@ -1,0 +1,240 @@
+"""From an encoded picture and its captions to the arrays of one example.
+
+Here, and nowhere else, pictures get their range [-1, 1]. All resizing is
+Pillow's bicubic, which is antialiased: the filter grows with the reduction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from unclip_jax.data import degradations
+from unclip_jax.data.source import Record
+from unclip_jax.utils.errors import UserError
+
+# Pillow itself only warns below 179 megapixels, which is a gigabyte decoded.
+_MAX_PIXELS = 16_000_000
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """How one example is made; the fields of `config.data.preprocess`.
+
+  In training, augmentation, crop and blur are drawn from the example's own
+  generator. In evaluation there is none of them: whole pictures, the
+  canonical caption.
+
+  Fields:
+    image_size: side of `image` in pixels.
+    context_length: L, tokens of a caption with begin and end of sequence.
+    clip_image_size: side of `clip_image`, the whole picture as the CLIP sees
+      it; None: there is none.
+    low_res_size: side of `low_res`, an upsampler's conditioning; divides
+      image_size. None: there is none.
+    crop_size: side of the square that is cut out of `image` at random in
+      training, with the same square of `low_res`; a multiple of image_size /
+      low_res_size. None: whole pictures.
+    random_flip: mirror half of the training pictures, except where a caption
+      speaks of left and right or the picture shows text.
+    random_caption: draw one of a picture's captions in training, else always
+      take the canonical one.
+    blur_prob: probability of blurring `low_res` in training. The paper gives
+      none; DALLE2-pytorch uses 0.5.
+    blur_kernel: width of the blur in pixels (unCLIP: 3).
+    blur_sigma: its standard deviation in pixels (unCLIP: 0.6).
+  """
+
+  image_size: int
+  context_length: int = 32
+  clip_image_size: int | None = None
+  low_res_size: int | None = None
+  crop_size: int | None = None
+  random_flip: bool = False
+  random_caption: bool = True
+  blur_prob: float = 0.0
+  blur_kernel: int = 3
+  blur_sigma: float = 0.6
+
+  def __post_init__(self):
+    where = "config.data.preprocess"
+    for name in ("image_size", "clip_image_size", "low_res_size", "crop_size"):
+      size = getattr(self, name)
+      if size is not None and size < 1:
+        raise UserError(f"{where}.{name} must be positive, not {size}")
+    if self.context_length < 2:
+      raise UserError(f"{where}.context_length must be 2 or more")
+    if self.low_res_size is not None and self.image_size % self.low_res_size:
+      raise UserError(
+        f"{where}.low_res_size {self.low_res_size} does not divide image_size"
+        f" {self.image_size}"
+      )
+    if self.crop_size is not None and (
+      self.crop_size > self.image_size or self.crop_size % self._factor
+    ):
+      raise UserError(
+        f"{where}.crop_size {self.crop_size} must be at most image_size"
+        f" {self.image_size} and a multiple of image_size / low_res_size"
+        f" = {self._factor}"
+      )
+    if not 0.0 <= self.blur_prob <= 1.0:
+      raise UserError(f"{where}.blur_prob must be in [0, 1]")
+    if self.blur_prob and self.low_res_size is None:
+      raise UserError(f"{where}.blur_prob needs low_res_size: it blurs low_res")
+    if self.blur_kernel < 1 or self.blur_kernel % 2 == 0:
+      raise UserError(
+        f"{where}.blur_kernel must be odd, not {self.blur_kernel}"
+      )
+    if self.blur_sigma <= 0:
+      raise UserError(f"{where}.blur_sigma must be positive")
+
+  @property
+  def _factor(self) -> int:
+    return self.image_size // (self.low_res_size or self.image_size)
+
+  def picture_shapes(self, *, train: bool) -> dict[str, tuple[int, int, int]]:
+    """Name -> [H, W, C] of an example's pictures."""
+    sizes = self._sizes()
+    if train and self.crop_size is not None:
+      sizes["image"] = self.crop_size
+      if "low_res" in sizes:
+        sizes["low_res"] = self.crop_size // self._factor
+    return {name: (size, size, 3) for name, size in sizes.items()}
+
+  def resize(self, record: Record) -> dict[str, np.ndarray]:
+    """The part that is the same in every epoch: decoded and resized pictures.
+
+    Of an oblong picture the square around its middle is taken.
+
+    Returns:
+      image, clip_image, low_res (those that there are), uint8 [S, S, 3].
+
+    Raises:
+      UserError: the picture cannot be decoded.
+    """
+    picture = _square(decode(record.image, name=record.code_point))
+    return {
+      name: np.asarray(_resized(picture, size))
+      for name, size in self._sizes().items()
+    }
+
+  def train_example(
+    self,
+    pictures: dict[str, np.ndarray],
+    record: Record,
+    rng: np.random.Generator,
+  ) -> dict[str, np.ndarray | str]:
+    """One augmented example, a function of its arguments alone.
+
+    Args:
+      pictures: as `resize` returns them.
+      record: for its captions.
+      rng: the example's own generator. Every draw is made whether it is used
+        or not, so that switching one augmentation leaves the others as they
+        were.
+
+    Returns:
+      The pictures float32 in [-1, 1], and "caption".
+    """
+    flip = rng.random() < 0.5 and self.random_flip and record.flippable
+    blur = rng.random() < self.blur_prob
+    caption = int(rng.random() * len(record.captions)) * self.random_caption
+    corner = rng.random(2)
+    if flip:
+      pictures = {k: v[:, ::-1] for k, v in pictures.items()}
+    example = {k: to_float(v) for k, v in pictures.items()}
+    if blur:
+      example["low_res"] = degradations.gaussian_blur(
+        example["low_res"], kernel=self.blur_kernel, sigma=self.blur_sigma
+      )
+    if self.crop_size is not None:
+      example |= self._crop(example, corner)
+    return {**example, "caption": record.captions[caption]}
+
+  def eval_example(
+    self, pictures: dict[str, np.ndarray], record: Record
+  ) -> dict[str, np.ndarray | str]:
+    """One whole, clean example with the canonical caption."""
+    example = {k: to_float(v) for k, v in pictures.items()}
+    return {**example, "caption": record.captions[0]}
+
+  def _sizes(self) -> dict[str, int]:
+    sizes = {
+      "image": self.image_size,
+      "clip_image": self.clip_image_size,
+      "low_res": self.low_res_size,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
+
+  def _crop(
+    self, example: dict[str, np.ndarray], corner: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """The same square of `image` and `low_res`; `corner` is in [0, 1)^2."""
+    factor, size = self._factor, self.crop_size
+    # On the low-resolution grid, where both pictures have whole pixels.
+    steps = (self.image_size - size) // factor + 1
+    y, x = (int(c * steps) for c in corner)
+    crops = {"image": (y * factor, x * factor, size)}
+    if "low_res" in example:
+      crops["low_res"] = (y, x, size // factor)
+    return {
+      name: example[name][top : top + side, left : left + side]
+      for name, (top, left, side) in crops.items()
+    }
+
+
+def to_float(picture: np.ndarray) -> np.ndarray:
+  """uint8 in [0, 255] to float32 in [-1, 1]."""
+  return picture.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def decode(encoded: bytes, *, name: str) -> Image.Image:
+  """Decodes a picture of at most 16 megapixels, transparency on white.
+
+  Args:
+    encoded: PNG, JPEG or WEBP.
+    name: what messages call it.
+
+  Returns:
+    An RGB picture.
+
+  Raises:
+    UserError: it is damaged, too large, or of another format.
+  """
+  try:
+    # Opening reads the header only; the size is checked before the pixels.
+    with warnings.catch_warnings():
+      warnings.simplefilter("error", Image.DecompressionBombWarning)
+      picture = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    if picture.width * picture.height > _MAX_PIXELS:
+      raise UserError(
+        f"the picture {name!r} has {picture.width} x {picture.height} pixels,"
+        f" more than {_MAX_PIXELS}: scale it down first"
+      )
+    picture.load()
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+          Image.DecompressionBombWarning) as e:  # fmt: skip
+    raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+  if picture.has_transparency_data:
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture)
+  return picture.convert("RGB")
+
+
+def _square(picture: Image.Image) -> Image.Image:
+  """The largest square around the middle."""
+  side = min(picture.size)
+  left, top = (picture.width - side) // 2, (picture.height - side) // 2
+  return picture.crop((left, top, left + side, top + side))
+
+
+def _resized(picture: Image.Image, size: int) -> Image.Image:
+  if picture.size == (size, size):
+    return picture
+  return picture.resize((size, size), Image.Resampling.BICUBIC)

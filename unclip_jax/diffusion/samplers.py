@@ -1,0 +1,366 @@
+"""Samplers: a denoising network and a schedule in, data out.
+
+Each is one `lax.scan` over the steps, for data of any rank, and knows the
+network only as `denoise_fn(x_t, timesteps) -> model_output`, with x_t
+[B, ...] float32 and timesteps int32 [B] as the network was trained on them
+(`schedule.timestep_map`). Jit the caller: it then compiles once per shape.
+
+Randomness: `rng` is one typed key, or typed keys [B], one per example, in
+which case an example's draws do not depend on the batch that it is in. Step i
+draws with fold_in(rng, i). `noise` replaces the draws.
+
+In the formulas, a = alphas_cumprod[t] and a' = alphas_cumprod[t - 1] of the
+respaced schedule, a' = 1 at the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion import gaussian, schedules
+
+DenoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Trace(NamedTuple):
+  """What happened at each of the N steps, in the order of execution."""
+
+  timesteps: jax.Array  # int32 [N], as the network was told
+  x_t: jax.Array  # [N, B, ...], what the network saw
+  x_start: jax.Array  # [N, B, ...], what it predicted (clipped, if asked for)
+
+
+class _Step(NamedTuple):
+  """What a sampler's update is given besides the network's output."""
+
+  x_t: jax.Array
+  timesteps: jax.Array  # int32 [B], into the respaced schedule
+  noise: jax.Array | None
+  coefs: dict[str, jax.Array]  # this step's entries of the sampler's tables
+
+
+# (model_output, step) -> (next x_t, predicted x_start)
+_UpdateFn = Callable[[jax.Array, _Step], tuple[jax.Array, jax.Array]]
+
+
+def draw_noise(rng: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """Standard normal float32 draws from one key, or from one key per example.
+
+  Args:
+    rng: a typed key, or typed keys [B]; then row b depends on rng[b] only.
+    shape: [B, ...].
+
+  Raises:
+    ValueError: rng is not typed, or there are not B keys.
+  """
+  shape = tuple(shape)
+  _check_rng(rng, shape)
+  if rng.ndim == 0:
+    return jax.random.normal(rng, shape)
+  return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(rng)
+
+
+def _check_rng(rng: jax.Array, shape: tuple[int, ...]) -> None:
+  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    raise ValueError("rng must be typed: use jax.random.key, not PRNGKey")
+  if rng.ndim and rng.shape != shape[:1]:
+    raise ValueError(
+      f"rng must be one key or one per example: got {rng.shape} keys for"
+      f" shape {shape}"
+    )
+
+
+def _fold_in(rng: jax.Array, step: jax.Array) -> jax.Array:
+  if rng.ndim == 0:
+    return jax.random.fold_in(rng, step)
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(rng, step)
+
+
+def _scan_steps(
+  update_fn: _UpdateFn,
+  denoise_fn: DenoiseFn,
+  schedule: schedules.NoiseSchedule,
+  x: jax.Array,
+  indices: np.ndarray,
+  coefs: dict[str, np.ndarray],
+  *,
+  rng: jax.Array | None,
+  noise: jax.Array | None,
+  return_trace: bool,
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """Runs the network at each of indices [N] into schedule, then update_fn.
+
+  coefs are tables [N] in the order of execution. With neither rng nor noise,
+  the update gets None for its noise.
+  """
+  expected = (len(indices), *x.shape)
+  if noise is not None and noise.shape != expected:
+    raise ValueError(f"noise must be {expected}, got {noise.shape}")
+  if rng is not None:
+    _check_rng(rng, x.shape)
+  timestep_map = jnp.asarray(schedule.timestep_map)
+
+  def body(x_t: jax.Array, scanned: tuple) -> tuple[jax.Array, Trace | None]:
+    i, index, step_noise, step_coefs = scanned
+    timesteps = jnp.full(x_t.shape[:1], index)
+    if noise is None and rng is not None:
+      step_noise = draw_noise(_fold_in(rng, i), x_t.shape)
+    model_output = denoise_fn(x_t, timestep_map[timesteps])
+    x_next, x_start = update_fn(
+      model_output, _Step(x_t, timesteps, step_noise, step_coefs)
+    )
+    if not return_trace:
+      return x_next, None
+    return x_next, Trace(timestep_map[index], x_t, x_start)
+
+  scanned = (
+    jnp.arange(len(indices)),
+    jnp.asarray(indices, jnp.int32),
+    noise,
+    {name: jnp.asarray(c, jnp.float32) for name, c in coefs.items()},
+  )
+  x, trace = jax.lax.scan(body, x.astype(jnp.float32), scanned)
+  return (x, trace) if return_trace else x
+
+
+def _x_start_and_eps(
+  schedule: schedules.NoiseSchedule,
+  model_output: jax.Array,
+  step: _Step,
+  *,
+  prediction: gaussian.Prediction,
+  variance: gaussian.Variance,
+  clip_x_start: float | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Predicted x_start, and the eps that with it makes up x_t."""
+  x_start = gaussian.p_mean_variance(
+    schedule,
+    model_output,
+    step.x_t,
+    step.timesteps,
+    prediction=prediction,
+    variance=variance,
+    clip_x_start=clip_x_start,
+  ).x_start
+  eps = gaussian.predict_eps(
+    schedule, x_start, step.x_t, step.timesteps, prediction="x_start"
+  )
+  return x_start, eps
+
+
+def ddpm(
+  denoise_fn: DenoiseFn,
+  schedule: schedules.NoiseSchedule,
+  x_T: jax.Array,
+  rng: jax.Array | None,
+  *,
+  num_steps: int | Sequence[int],
+  prediction: gaussian.Prediction,
+  variance: gaussian.Variance,
+  clip_x_start: float | None = None,
+  noise: jax.Array | None = None,
+  return_trace: bool = False,
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """Ancestral sampling: Ho et al. 2020 (arXiv 2006.11239), algorithm 2.
+
+  Args:
+    denoise_fn: the network, see the module's docstring.
+    schedule: the schedule that the network was trained with.
+    x_T: [B, ...] standard normal.
+    rng: typed key or keys [B]; may be None if noise is given.
+    num_steps: how many of the schedule's timesteps to use, evenly placed, or
+      which ones, ascending (`NoiseSchedule.respace`).
+    prediction: what the network predicts.
+    variance: the variance of each step; "learned_range" takes it from the
+      network's last C of 2C channels.
+    clip_x_start: clips the predicted x_start to [-value, value].
+    noise: [num_steps, B, ...] standard normal in place of draws; entry i is
+      that of step i in the order of execution. The last entry is unused, for
+      the last step returns the mean.
+    return_trace: also return what every step saw and predicted.
+
+  Returns:
+    x_0 [B, ...] float32, or (x_0, Trace).
+
+  Raises:
+    ValueError: arguments that do not fit each other.
+  """
+  if rng is None and noise is None:
+    raise ValueError("ddpm needs rng, or noise in its place")
+  schedule = schedule.respace(num_steps)
+
+  def update(
+    model_output: jax.Array, step: _Step
+  ) -> tuple[jax.Array, jax.Array]:
+    mean, log_variance, x_start = gaussian.p_mean_variance(
+      schedule,
+      model_output,
+      step.x_t,
+      step.timesteps,
+      prediction=prediction,
+      variance=variance,
+      clip_x_start=clip_x_start,
+    )
+    sigma = step.coefs["is_noised"] * jnp.exp(0.5 * log_variance)
+    return mean + sigma * step.noise, x_start
+
+  indices = np.arange(schedule.num_timesteps)[::-1]
+  return _scan_steps(
+    update,
+    denoise_fn,
+    schedule,
+    x_T,
+    indices,
+    {"is_noised": indices > 0},
+    rng=rng,
+    noise=noise,
+    return_trace=return_trace,
+  )
+
+
+def ddim(
+  denoise_fn: DenoiseFn,
+  schedule: schedules.NoiseSchedule,
+  x_T: jax.Array,
+  rng: jax.Array | None,
+  *,
+  num_steps: int | Sequence[int],
+  prediction: gaussian.Prediction,
+  variance: gaussian.Variance,
+  clip_x_start: float | None = None,
+  eta: float = 0.0,
+  noise: jax.Array | None = None,
+  return_trace: bool = False,
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """DDIM: Song et al. 2020 (arXiv 2010.02502), eq. 12 with sigma of eq. 16.
+
+    x' = sqrt(a') x_start + sqrt(1 - a' - sigma^2) eps + sigma noise,
+    sigma = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
+
+  Args:
+    denoise_fn, schedule, x_T, num_steps, prediction, noise,
+      return_trace: as for `ddpm`.
+    rng: as for `ddpm`; not used, and may be None, when eta is 0.
+    variance: says only whether the network's output has variance channels,
+      which DDIM ignores.
+    clip_x_start: clips the predicted x_start to [-value, value]; eps is then
+      the one that fits the clipped x_start.
+    eta: 0 is deterministic, 1 is `ddpm` with "fixed_small"; a Python float.
+
+  Returns:
+    x_0 [B, ...] float32, or (x_0, Trace).
+
+  Raises:
+    ValueError: arguments that do not fit each other.
+  """
+  if not 0.0 <= eta <= 1.0:
+    raise ValueError(f"eta must be in [0, 1], got {eta}")
+  if eta > 0 and rng is None and noise is None:
+    raise ValueError("ddim with eta > 0 needs rng, or noise in its place")
+  schedule = schedule.respace(num_steps)
+  level = schedule.alphas_cumprod_prev
+  sigma = eta * np.sqrt(schedule.posterior_variance)
+  tables = {
+    "x_start": np.sqrt(level),
+    # Never negative but for rounding (sigma^2 <= 1 - level where eta <= 1).
+    "eps": np.sqrt(np.maximum(1.0 - level - sigma**2, 0.0)),
+    "noise": sigma,
+  }
+
+  def update(
+    model_output: jax.Array, step: _Step
+  ) -> tuple[jax.Array, jax.Array]:
+    x_start, eps = _x_start_and_eps(
+      schedule,
+      model_output,
+      step,
+      prediction=prediction,
+      variance=variance,
+      clip_x_start=clip_x_start,
+    )
+    x_next = step.coefs["x_start"] * x_start + step.coefs["eps"] * eps
+    if eta > 0:
+      x_next += step.coefs["noise"] * step.noise
+    return x_next, x_start
+
+  return _scan_steps(
+    update,
+    denoise_fn,
+    schedule,
+    x_T,
+    np.arange(schedule.num_timesteps)[::-1],
+    {name: table[::-1] for name, table in tables.items()},
+    rng=rng if eta > 0 else None,
+    noise=noise if eta > 0 else None,
+    return_trace=return_trace,
+  )
+
+
+def ddim_inverse(
+  denoise_fn: DenoiseFn,
+  schedule: schedules.NoiseSchedule,
+  x_start: jax.Array,
+  *,
+  num_steps: int | Sequence[int],
+  prediction: gaussian.Prediction,
+  variance: gaussian.Variance,
+  clip_x_start: float | None = None,
+  return_trace: bool = False,
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """DDIM inversion: Song et al. 2020 (arXiv 2010.02502), eq. 13 backwards.
+
+  The x_T from which `ddim` with eta = 0 and the same num_steps gives x_start
+  back, up to the error of a first-order solver. With s = sqrt((1 - a) / a),
+
+    x / sqrt(a) = x' / sqrt(a') + (s - s') eps(x', t - 1)
+
+  and for the step that leaves the data (a' = 1, s' = 0), where no network is
+  trained, eps(x', 0).
+
+  Args:
+    denoise_fn, schedule, num_steps, prediction, variance, clip_x_start,
+      return_trace: as for `ddim`; the trace has growing noise.
+    x_start: [B, ...] data.
+
+  Returns:
+    x_T [B, ...] float32, or (x_T, Trace).
+
+  Raises:
+    ValueError: arguments that do not fit each other.
+  """
+  schedule = schedule.respace(num_steps)
+  # Step i goes from the level of index i - 1 to that of index i.
+  level_from, level_to = schedule.alphas_cumprod_prev, schedule.alphas_cumprod
+  coef_x = np.sqrt(level_to / level_from)
+  coef_eps = np.sqrt(1.0 - level_to) - coef_x * np.sqrt(1.0 - level_from)
+
+  def update(
+    model_output: jax.Array, step: _Step
+  ) -> tuple[jax.Array, jax.Array]:
+    predicted, eps = _x_start_and_eps(
+      schedule,
+      model_output,
+      step,
+      prediction=prediction,
+      variance=variance,
+      clip_x_start=clip_x_start,
+    )
+    x_next = step.coefs["x"] * step.x_t + step.coefs["eps"] * eps
+    return x_next, predicted
+
+  return _scan_steps(
+    update,
+    denoise_fn,
+    schedule,
+    x_start,
+    np.maximum(np.arange(schedule.num_timesteps) - 1, 0),
+    {"x": coef_x, "eps": coef_eps},
+    rng=None,
+    noise=None,
+    return_trace=return_trace,
+  )

@@ -1,0 +1,139 @@
+"""Self-attention over positions and, in the same softmax, over a given prefix.
+
+The prefix is keys and values computed elsewhere: those of the tokens before
+(a key/value cache) or those of a conditioning context (GLIDE, Nichol et al.
+2021, section 4, and guided-diffusion's `encoder_kv`). Scores, softmax and
+accumulation are float32.
+
+Keys and values are kept as [B, N, M, K]: both products then read them as they
+lie, and a prefix is laid out once, not at every diffusion step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from unclip_jax.layers import linear
+from unclip_jax.utils import errors
+
+
+class KeyValue(NamedTuple):
+  """Keys and values of M positions, each [B, N, M, K]."""
+
+  key: jax.Array
+  value: jax.Array
+
+
+def attend(
+  q_BxNxLxK: jax.Array, kv: KeyValue, mask: jax.Array | None = None
+) -> jax.Array:
+  """Scaled dot-product attention (Vaswani et al. 2017, equation 1).
+
+  Args:
+    q_BxNxLxK: queries, not yet scaled.
+    kv: keys and values, [B, N, M, K].
+    mask: bool, broadcasts to [B, N, L, M], True = attend; a query that may
+      attend to nothing gets the mean of all values, not NaN.
+
+  Returns:
+    [B, N, L, K] in the dtype of the values.
+  """
+  scores_BxNxLxM = jnp.einsum(
+    "bnlk,bnmk->bnlm",
+    q_BxNxLxK * q_BxNxLxK.shape[-1] ** -0.5,
+    kv.key,
+    preferred_element_type=jnp.float32,
+  )
+  if mask is not None:
+    lowest = jnp.finfo(jnp.float32).min
+    scores_BxNxLxM = jnp.where(mask, scores_BxNxLxM, lowest)
+  weights_BxNxLxM = jax.nn.softmax(scores_BxNxLxM).astype(kv.value.dtype)
+  out_BxNxLxK = jnp.einsum(
+    "bnlm,bnmk->bnlk",
+    weights_BxNxLxM,
+    kv.value,
+    preferred_element_type=jnp.float32,
+  )
+  return out_BxNxLxK.astype(kv.value.dtype)
+
+
+def causal_mask(length: int, num_prefix: int = 0) -> jax.Array:
+  """[length, num_prefix + length] bool: own and earlier positions, prefix."""
+  total = num_prefix + length
+  return jnp.tril(jnp.ones((length, total), bool), k=num_prefix)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with an optional prefix.
+
+  Attributes:
+    width: D, size of input and output; a multiple of num_heads.
+    num_heads: N.
+    has_context: whether `encode_context` exists.
+    dtype: compute dtype.
+  """
+
+  width: int
+  num_heads: int
+  has_context: bool = False
+  dtype: DTypeLike = jnp.float32
+
+  def setup(self) -> None:
+    if self.num_heads < 1 or self.width % self.num_heads:
+      raise errors.UserError(
+        f"attention width {self.width} is not a multiple of "
+        f"{self.num_heads} heads: change the width or the number of heads"
+      )
+    dense = functools.partial(linear.Dense, self.width, dtype=self.dtype)
+    self.query = dense()
+    self.key = dense()
+    self.value = dense()
+    # Zero: the residual branch that ends here starts as the identity.
+    self.out = dense(kernel_init=nn.initializers.zeros)
+    if self.has_context:
+      self.context_key = dense()
+      self.context_value = dense()
+
+  def encode_context(self, context: jax.Array) -> KeyValue:
+    """Keys and values of context tokens [B, M, any size], to be a prefix."""
+    return KeyValue(
+      self._split_heads(self.context_key(context)),
+      self._split_heads(self.context_value(context)),
+    )
+
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    prefix: KeyValue | None = None,
+  ) -> tuple[jax.Array, KeyValue]:
+    """Attends from every position of x to the prefix and to x.
+
+    Args:
+      x: [B, L, D].
+      mask: bool, broadcasts to [B, N, L, prefix length + L], True = attend.
+      prefix: keys and values that stand before those of x.
+
+    Returns:
+      [B, L, D], and the keys and values of x (without the prefix).
+    """
+    query = self._split_heads(self.query(x))
+    own = KeyValue(
+      self._split_heads(self.key(x)), self._split_heads(self.value(x))
+    )
+    kv = own
+    if prefix is not None:
+      kv = jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), prefix, own)
+    out = attend(query, kv, mask)
+    return self.out(einops.rearrange(out, "b n l k -> b l (n k)")), own
+
+  def _split_heads(self, x: jax.Array) -> jax.Array:
+    return einops.rearrange(x, "b l (n k) -> b n l k", n=self.num_heads)

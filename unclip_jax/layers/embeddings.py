@@ -1,0 +1,91 @@
+"""Timestep embeddings and small helpers on conditioning sequences.
+
+The sinusoid is that of guided-diffusion and Karlo: frequencies
+10000^(-i / (dim / 2)), cosines first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from unclip_jax.layers import linear
+
+
+def sinusoidal(
+  timesteps: jax.Array, dim: int, max_period: float = 10_000.0
+) -> jax.Array:
+  """Sinusoidal embedding, [cos, sin] (Vaswani et al. 2017, section 3.5).
+
+  Args:
+    timesteps: [B], int or float, in timesteps of the full schedule.
+    dim: embedding size, even.
+    max_period: the longest wave is 2 pi times this many timesteps.
+
+  Returns:
+    [B, dim] float32 in [-1, 1].
+  """
+  if dim % 2:
+    raise ValueError(f"a sinusoidal embedding has an even size, not {dim}")
+  exponents = jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2)
+  frequencies = jnp.exp(-math.log(max_period) * exponents)
+  angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+  """Sinusoid -> Dense -> SiLU -> Dense.
+
+  Attributes:
+    sinusoid_dim: size of the sinusoidal embedding.
+    width: size of the hidden layer and of the result.
+    dtype: compute dtype.
+  """
+
+  sinusoid_dim: int
+  width: int
+  dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, timesteps: jax.Array) -> jax.Array:
+    """[B] timesteps -> [B, width]."""
+    x = sinusoidal(timesteps, self.sinusoid_dim)
+    x = linear.Dense(self.width, dtype=self.dtype, name="dense_1")(x)
+    return linear.Dense(self.width, dtype=self.dtype, name="dense_2")(
+      nn.silu(x)
+    )
+
+
+def pool_last_valid(encodings: jax.Array, mask: jax.Array) -> jax.Array:
+  """The state at the last True position of `mask`.
+
+  Args:
+    encodings: [B, L, D].
+    mask: [B, L] bool; a row without any True gives position 0.
+
+  Returns:
+    [B, D].
+  """
+  last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+  return jnp.take_along_axis(encodings, last[:, None, None], axis=1)[:, 0]
+
+
+def replace_dropped(
+  x: jax.Array, null: jax.Array, drop: jax.Array | None
+) -> jax.Array:
+  """Puts `null` in place of the dropped rows of a batch.
+
+  Args:
+    x: [B, ...].
+    null: broadcasts to one row of `x`.
+    drop: [B] bool, True = replaced, so that the gradient with respect to that
+      row of `x` is exactly 0; None drops nothing.
+  """
+  if drop is None:
+    return x
+  drop = drop.reshape((-1,) + (1,) * (x.ndim - 1))
+  return jnp.where(drop, null.astype(x.dtype), x)

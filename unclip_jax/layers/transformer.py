@@ -1,0 +1,148 @@
+"""Pre-LN transformer blocks (Radford et al. 2019) and how to run a stack.
+
+Both residual branches of a block end in a zero-initialised projection, so a
+new stack is the identity; the sources start it at a small random value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from unclip_jax.layers import attention, linear, norms
+from unclip_jax.utils import errors
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016, equation 1)."""
+  return nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(1.702 x): the activation of OpenAI's CLIP weights."""
+  return x * nn.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": gelu,
+  "quick_gelu": quick_gelu,
+}
+
+
+class Mlp(nn.Module):
+  """Dense -> activation -> Dense (zero-initialised).
+
+  Attributes:
+    hidden: width of the hidden layer.
+    activation: "gelu" or "quick_gelu".
+    dtype: compute dtype.
+  """
+
+  hidden: int
+  activation: str = "gelu"
+  dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if self.activation not in _ACTIVATIONS:
+      raise errors.UserError(
+        f"unknown activation {self.activation!r}: use one of "
+        f"{', '.join(_ACTIVATIONS)}"
+      )
+    D = x.shape[-1]
+    x = linear.Dense(self.hidden, dtype=self.dtype, name="dense_1")(x)
+    x = _ACTIVATIONS[self.activation](x)
+    return linear.Dense(
+      D,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.zeros,
+      name="dense_2",
+    )(x)
+
+
+class Block(nn.Module):
+  """x + attention(LN(x)), then x + mlp(LN(x)).
+
+  Attributes:
+    width: D.
+    num_heads: attention heads.
+    mlp_ratio: hidden width of the MLP, in D.
+    activation: of the MLP, "gelu" or "quick_gelu".
+    dropout: rate after each branch, when training.
+    dtype: compute dtype.
+  """
+
+  width: int
+  num_heads: int
+  mlp_ratio: float = 4
+  activation: str = "gelu"
+  dropout: float = 0.0
+  dtype: DTypeLike = jnp.float32
+
+  def setup(self) -> None:
+    self.norm_1 = norms.LayerNorm(dtype=self.dtype)
+    self.attn = attention.SelfAttention(
+      self.width, self.num_heads, dtype=self.dtype
+    )
+    self.norm_2 = norms.LayerNorm(dtype=self.dtype)
+    self.mlp = Mlp(
+      int(self.width * self.mlp_ratio), self.activation, dtype=self.dtype
+    )
+    self.drop = nn.Dropout(self.dropout)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    prefix: attention.KeyValue | None = None,
+    train: bool = False,
+  ) -> tuple[jax.Array, attention.KeyValue]:
+    """[B, L, D] -> [B, L, D] and the keys and values of x; see attention."""
+    y, kv = self.attn(self.norm_1(x), mask, prefix=prefix)
+    x = x + self.drop(y, deterministic=not train)
+    y = self.mlp(self.norm_2(x))
+    return x + self.drop(y, deterministic=not train), kv
+
+
+def run(
+  blocks: Sequence[Block],
+  x: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  prefixes: Sequence[attention.KeyValue] | None = None,
+  train: bool = False,
+  remat: bool = False,
+) -> tuple[jax.Array, tuple[attention.KeyValue, ...]]:
+  """Runs a stack of blocks, submodules of the caller.
+
+  Args:
+    blocks: one per layer.
+    x: [B, L, D].
+    mask: as in attention, the same for every layer.
+    prefixes: keys and values that stand before x, one per layer.
+    train: whether dropout is on.
+    remat: whether the backward pass recomputes each block from its input.
+
+  Returns:
+    [B, L, D] and each layer's keys and values of x.
+  """
+
+  def call(
+    block: Block, x: jax.Array, prefix: attention.KeyValue | None
+  ) -> tuple[jax.Array, attention.KeyValue]:
+    return block(x, mask, prefix=prefix, train=train)
+
+  if remat:
+    call = nn.remat(call)
+  kvs = []
+  for block, prefix in zip(
+    blocks, prefixes or [None] * len(blocks), strict=True
+  ):
+    x, kv = call(block, x, prefix)
+    kvs.append(kv)
+  return x, tuple(kvs)

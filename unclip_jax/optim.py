@@ -1,0 +1,256 @@
+"""From `config.optim` to an optax chain, and the moving average of parameters.
+
+AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with clipping by the global
+norm, a mask for weight decay, warm-up and a schedule, learning rates by
+parameter name, freezing, and a guard: a step whose gradient has an infinity or
+a NaN anywhere changes no parameter and no moment, and is counted.
+
+The order of the chain, and why:
+
+  1. guard      around everything that has moments
+  2. freezing   frozen parameters enter neither the norm nor the moments
+  3. clipping, Adam, weight decay
+  4. lr         outside the guard, so that the learning rate is a function of
+                the step also after a skipped one. It turns the zeros of frozen
+                parameters and of skipped steps into -0.0, and x + -0.0 is x
+                bit for bit (-0.0 + 0.0 is not; XLA may flush denormals).
+
+Weight decay is multiplied by the learning rate, as in optax and PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import errors, trees
+
+PyTree = Any
+
+_TRAINED, _FROZEN = "trained", "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """The fields of `config.optim`.
+
+  Attributes:
+    learning_rate: at the peak.
+    name: "adamw", or "sgd" (no momentum; for comparing gradients).
+    schedule: "cosine", "linear" or "constant", after the warm-up.
+    warmup_steps: the rate rises linearly to its peak at this step, from
+      peak / (warmup_steps + 1) at step 0: no step is wasted on rate 0.
+    end_factor: share of the peak at the last step ("constant" has none).
+    b1, b2, eps: of Adam.
+    weight_decay: decoupled.
+    decay_mask: parameters that this regex finds are not decayed, nor are those
+      with fewer than two dimensions.
+    clip_norm: bound on the global norm of the gradient of what is trained;
+      None = none.
+    rules: (regex over dotted parameter names, action); the first one that is
+      found in a name (`re.search`) counts. An action is "freeze" or
+      dict(lr_mult=0.1). Every regex must be found in some name.
+    skip_nonfinite: the guard.
+  """
+
+  learning_rate: float
+  name: str = "adamw"
+  schedule: str = "cosine"
+  warmup_steps: int = 0
+  end_factor: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  decay_mask: str = r"(^|\.)(bias|scale)$"
+  clip_norm: float | None = None
+  rules: tuple[tuple[str, str | Mapping[str, float]], ...] = ()
+  skip_nonfinite: bool = True
+
+
+def make_optimizer(
+  config_optim: ml_collections.ConfigDict, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Builds the optimizer that a config describes.
+
+  Args:
+    config_optim: the fields of `Optim`.
+    num_steps: of the whole run, the warm-up included.
+
+  Returns:
+    The transformation (its `update` needs `params`), and the learning rate as
+    a function of the step, 0 = first; parameters with an `lr_mult` have that
+    many times it.
+
+  Raises:
+    UserError: an unknown field or value; at `init`, a rule that no parameter
+      has.
+  """
+  optim = config_lib.construct(Optim, config_optim, where="config.optim")
+  _check_rules(optim)
+  schedule = make_schedule(optim, num_steps)
+  if optim.name == "adamw":
+    scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
+  elif optim.name == "sgd":
+    scale = optax.identity()
+  else:
+    raise errors.UserError(
+      f"config.optim.name '{optim.name}' is not 'adamw' or 'sgd'"
+    )
+  clip = (
+    optax.identity()
+    if optim.clip_norm is None
+    else optax.clip_by_global_norm(optim.clip_norm)
+  )
+  decay = optax.add_decayed_weights(
+    optim.weight_decay, mask=lambda params: _decayed(optim, params)
+  )
+  inner = optax.multi_transform(
+    {_TRAINED: optax.chain(clip, scale, decay), _FROZEN: optax.set_to_zero()},
+    lambda params: jax.tree.map(
+      lambda mult: _FROZEN if mult == _FROZEN else _TRAINED,
+      _multipliers(optim, params),
+    ),
+  )
+  if optim.skip_nonfinite:
+    inner = optax.apply_if_finite(inner, np.iinfo(np.int32).max)
+  tx = optax.chain(
+    inner,
+    optax.scale_by_learning_rate(schedule),
+    optax.stateless(lambda updates, _: _scaled(optim, updates)),
+  )
+  return tx, schedule
+
+
+def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:
+  """The learning rate as a function of the step, 0 = first.
+
+  Raises:
+    UserError: an unknown schedule, or a warm-up that does not end.
+  """
+  peak, warmup = optim.learning_rate, optim.warmup_steps
+  if not 0 <= warmup < num_steps:
+    raise errors.UserError(
+      f"config.optim.warmup_steps {warmup} does not fit {num_steps} steps: "
+      "choose 0 or more and fewer than the steps"
+    )
+  rest = num_steps - warmup
+  if optim.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, rest, alpha=optim.end_factor)
+  elif optim.schedule == "linear":
+    after = optax.linear_schedule(peak, peak * optim.end_factor, rest)
+  elif optim.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  else:
+    raise errors.UserError(
+      f"config.optim.schedule '{optim.schedule}' is not 'cosine', 'linear' or "
+      "'constant'"
+    )
+  if warmup == 0:
+    return after
+  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def num_nonfinite(opt_state: PyTree) -> jax.Array:
+  """How many steps the guard has skipped, int32 [] (0 without a guard)."""
+  return jnp.asarray(
+    optax.tree.get(opt_state, "total_notfinite", default=0), jnp.int32
+  )
+
+
+def ema_update(
+  ema: PyTree, params: PyTree, decay: float, step: jax.Array | int
+) -> PyTree:
+  """One step of the exponential moving average, in float32.
+
+  The decay is min(decay, (1 + step) / (10 + step)) (as in TensorFlow's
+  ExponentialMovingAverage with num_updates), so that the average does not
+  drag the initial values along. A parameter that equals its average leaves it
+  as it is, bit for bit.
+
+  Args:
+    ema: float32 averages.
+    params: the parameters after the update.
+    step: updates made before this one, 0 = first.
+  """
+  step = jnp.asarray(step, jnp.float32)
+  keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(
+    lambda e, p: e + (1.0 - keep) * (p.astype(jnp.float32) - e), ema, params
+  )
+
+
+def _check_rules(optim: Optim) -> None:
+  """Raises UserError unless the rules can be read."""
+  for rule in optim.rules:
+    if len(rule) != 2 or not isinstance(rule[0], str):
+      raise errors.UserError(
+        f"config.optim.rules: {rule} is not a pair (regex, action)"
+      )
+    pattern, action = rule
+    if action != "freeze" and set(action) != {"lr_mult"}:
+      raise errors.UserError(
+        f"config.optim.rules: the action for '{pattern}' is {action} and must "
+        "be 'freeze' or dict(lr_mult=...)"
+      )
+  for pattern in (optim.decay_mask, *(rule[0] for rule in optim.rules)):
+    try:
+      re.compile(pattern)
+    except re.error as e:
+      raise errors.UserError(
+        f"config.optim: '{pattern}' is not a regular expression: {e}"
+      ) from e
+
+
+def _decayed(optim: Optim, params: PyTree) -> PyTree:
+  """True for the parameters that weight decay acts on."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      leaf.ndim >= 2
+      and not re.search(optim.decay_mask, ".".join(trees.path_names(path)))
+    ),
+    params,
+  )
+
+
+def _multipliers(optim: Optim, params: PyTree) -> PyTree:
+  """A factor on the learning rate, or `_FROZEN`, for every parameter.
+
+  Raises:
+    UserError: a rule that no parameter has.
+  """
+  names = list(trees.flatten(params))
+  for pattern, _ in optim.rules:
+    if not any(re.search(pattern, name) for name in names):
+      raise errors.UserError(
+        f"config.optim.rules: no parameter has '{pattern}' in its name; names "
+        f"look like '{names[0]}'"
+      )
+
+  def multiplier(path: tuple[Any, ...], _: jax.Array) -> float | str:
+    name = ".".join(trees.path_names(path))
+    for pattern, action in optim.rules:
+      if re.search(pattern, name):
+        return _FROZEN if action == "freeze" else float(action["lr_mult"])
+    return 1.0
+
+  return jax.tree_util.tree_map_with_path(multiplier, params)
+
+
+def _scaled(optim: Optim, updates: PyTree) -> PyTree:
+  """Applies the `lr_mult` of the rules."""
+  return jax.tree.map(
+    lambda mult, u: u if mult == _FROZEN or mult == 1.0 else mult * u,
+    _multipliers(optim, updates),
+    updates,
+  )

@@ -1,0 +1,34 @@
+"""Prepares the emoji dataset ahead of its first use, which would do so too.
+
+unclip prepare_data --image_size=64 [--data_dir=DIR]
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from unclip_jax.data import emoji
+from unclip_jax.utils import programs
+
+DATA_DIR = flags.DEFINE_string(
+  "data_dir",
+  None,
+  "Where datasets are kept; $UNCLIP_DATA_DIR or ~/.cache/unclip_jax if unset.",
+)
+IMAGE_SIZE = flags.DEFINE_integer(
+  "image_size", 64, "Side of the stored pictures in pixels."
+)
+LIMIT = flags.DEFINE_integer(
+  "limit", None, "Prepare only so many pictures, for a trial; all if unset."
+)
+
+
+def main() -> None:
+  source = emoji.Source(
+    data_dir=DATA_DIR.value, image_size=IMAGE_SIZE.value, limit=LIMIT.value
+  )
+  print(source.prepare())
+
+
+if __name__ == "__main__":
+  programs.run(main)

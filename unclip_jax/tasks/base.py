@@ -1,0 +1,113 @@
+"""What the trainer asks of a task: the contract, and how a config builds one.
+
+A task is a frozen dataclass with a network (`model`), the frozen upstream
+tasks by name (`upstream`), and exactly the keys of `config.task` as fields.
+Everything that is about pictures, text or diffusion is in tasks and below;
+the trainer calls the hooks of `Task` and knows nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from unclip_jax.utils import config as config_lib
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Variables = dict[str, PyTree]  # {"params": ..., **model_state}
+Frozen = Mapping[str, PyTree]  # upstream variables and tables, by name
+PredictFn = Callable[
+  [Variables, Frozen, Batch, jax.Array], dict[str, jax.Array]
+]
+
+
+class LossOutput(NamedTuple):
+  """What `Task.loss` returns."""
+
+  loss: jax.Array  # [B], before averaging
+  metrics: dict[str, jax.Array]  # name -> [B] or []
+  model_state: PyTree  # new batch_stats, codebooks, ...: {} if none
+
+
+class Task(Protocol):
+  """One training objective. Implementations are frozen dataclasses."""
+
+  batch_coupled: bool  # True: the loss of one example depends on the others
+
+  def init(self, rng: jax.Array, batch: Batch, frozen: Frozen) -> Variables:
+    """The network's variables; `batch` gives shapes and dtypes."""
+
+  def prepare(
+    self, frozen: Frozen, batches: Iterable[Batch]
+  ) -> dict[str, PyTree]:
+    """Tables computed once from data before training ({} if none).
+
+    They are stored in every checkpoint and join `frozen` under their names.
+    Traceable, and their shapes do not depend on the number of batches.
+    """
+
+  def loss(
+    self,
+    variables: Variables,
+    frozen: Frozen,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    step: jax.Array,
+    train: bool,
+  ) -> LossOutput:
+    """The objective for one batch; pure."""
+
+  def sample(
+    self,
+    variables: Variables,
+    frozen: Frozen,
+    batch: Batch,
+    rng: jax.Array,
+    **options: Any,
+  ) -> dict[str, jax.Array]:
+    """Draws from the trained model, conditioned on `batch`; pure."""
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    """What evaluators may ask for, by name."""
+
+
+def build(
+  config: ml_collections.ConfigDict, upstream: Mapping[str, Task] | None = None
+) -> Task:
+  """Builds the task that a config names.
+
+  Args:
+    config: `model_name` and `task_name` are module paths that hold a `Model`
+      and a `Task`; `model` and `task` are their fields.
+    upstream: the tasks of `config.frozen`, by name.
+
+  Raises:
+    UserError: a module is missing, or a field is unknown to it.
+  """
+  model = config_lib.instantiate(config.model_name, "Model", config.model)
+  task = importlib.import_module(config.task_name).Task
+  return config_lib.construct(
+    task, config.task, where="config.task", model=model, upstream=upstream or {}
+  )
+
+
+def loss_predict_fn(task: Task) -> PredictFn:
+  """The evaluation loss as `{name: [B]}`, for the `mean` evaluator."""
+
+  def predict(
+    variables: Variables, frozen: Frozen, batch: Batch, rng: jax.Array
+  ) -> dict[str, jax.Array]:
+    output = task.loss(
+      variables, frozen, batch, rng, step=jnp.zeros((), jnp.int32), train=False
+    )
+    per_example = {k: v for k, v in output.metrics.items() if v.ndim == 1}
+    return {**per_example, "loss": output.loss}
+
+  return predict

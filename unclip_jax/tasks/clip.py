@@ -1,0 +1,148 @@
+"""CLIP: contrastive pretraining (Radford et al. 2021, arXiv 2103.00020).
+
+The loss is the symmetric softmax InfoNCE of CLIP or the pairwise sigmoid of
+SigLIP (Zhai et al. 2023, arXiv 2303.15343). One example's loss depends on the
+whole batch: under `jax.jit` over a mesh the negatives are the global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.losses import contrastive
+from unclip_jax.tasks import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Matches pictures with their captions.
+
+  Attributes:
+    loss_type: "softmax" (InfoNCE) or "sigmoid" (SigLIP).
+    max_logit_scale: bound on exp(logit_scale); 100 in CLIP.
+  """
+
+  model: nn.Module
+  upstream: Mapping[str, Any]
+  loss_type: str = "softmax"
+  max_logit_scale: float = 100.0
+
+  batch_coupled = True
+
+  def init(
+    self, rng: jax.Array, batch: base.Batch, frozen: base.Frozen
+  ) -> base.Variables:
+    del frozen
+    return self.model.init(
+      rng, batch["image"], batch["text_tokens"], batch["text_mask"]
+    )
+
+  def prepare(
+    self, frozen: base.Frozen, batches: Iterable[base.Batch]
+  ) -> dict[str, base.PyTree]:
+    del frozen, batches
+    return {}
+
+  def encode_image(
+    self, variables: base.Variables, image: jax.Array
+  ) -> jax.Array:
+    """`image_embed` [B, D], not normalised, of pictures [B, S, S, 3]."""
+    image_embed, _ = self.model.apply(
+      variables, image, method=self.model.encode_image
+    )
+    return image_embed
+
+  def encode_text(
+    self,
+    variables: base.Variables,
+    text_tokens: jax.Array,
+    text_mask: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """`text_embed` [B, D], not normalised, and `text_encodings` [B, L, W]."""
+    text_embed, out = self.model.apply(
+      variables, text_tokens, text_mask, method=self.model.encode_text
+    )
+    return text_embed, out["text_encodings"]
+
+  def loss(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+    *,
+    step: jax.Array,
+    train: bool,
+  ) -> base.LossOutput:
+    del frozen, step
+    output, _ = self.model.apply(
+      variables,
+      batch["image"],
+      batch["text_tokens"],
+      batch["text_mask"],
+      train=train,
+      rngs={"dropout": rng},
+    )
+    # Radford et al., section 2.5: the scale is kept at or below 100.
+    logit_scale = jnp.exp(
+      jnp.minimum(output["logit_scale"], math.log(self.max_logit_scale))
+    )
+    image_embed = normalize(output["image_embed"])
+    text_embed = normalize(output["text_embed"])
+    if self.loss_type == "sigmoid":
+      loss, metrics = contrastive.sigmoid(
+        image_embed, text_embed, logit_scale, output["logit_bias"]
+      )
+    elif self.loss_type == "softmax":
+      loss, metrics = contrastive.softmax(image_embed, text_embed, logit_scale)
+    else:
+      raise ValueError(
+        f"loss_type '{self.loss_type}' is not softmax or sigmoid"
+      )
+    return base.LossOutput(loss, {**metrics, "logit_scale": logit_scale}, {})
+
+  def sample(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+    **options: Any,
+  ) -> dict[str, jax.Array]:
+    """CLIP draws nothing; it embeds: see `predict_fns`."""
+    raise NotImplementedError(
+      "CLIP embeds pictures and captions; it has no sampler"
+    )
+
+  def predict_fns(self) -> dict[str, base.PredictFn]:
+    def embed(
+      variables: base.Variables,
+      frozen: base.Frozen,
+      batch: base.Batch,
+      rng: jax.Array,
+    ) -> dict[str, jax.Array]:
+      del frozen, rng
+      text_embed, _ = self.encode_text(
+        variables, batch["text_tokens"], batch["text_mask"]
+      )
+      image_embed = self.encode_image(variables, batch["image"])
+      return {
+        "image_embed": normalize(image_embed),
+        "text_embed": normalize(text_embed),
+      }
+
+    return {"loss": base.loss_predict_fn(self), "embed": embed}
+
+
+def normalize(embed: jax.Array) -> jax.Array:
+  """Unit vectors along the last axis, in float32."""
+  embed = embed.astype(jnp.float32)
+  norm = jnp.linalg.norm(embed, axis=-1, keepdims=True)
+  return embed / jnp.maximum(norm, 1e-8)
