@@ -1,0 +1,60 @@
+"""Every config builds, fits its network, and its `:smoke` really trains."""
+
+import json
+import math
+import pathlib
+
+import jax
+import pytest
+
+from unclip_jax import trainer
+from unclip_jax.utils import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = sorted(
+  str(path.relative_to(ROOT))
+  for path in (ROOT / "configs").rglob("*.py")
+  if "def get_config" in path.read_text()
+)
+
+
+def test_the_emoji_configs_are_found():
+  assert len(CONFIGS) >= 4
+
+
+@pytest.mark.parametrize("size", ["", ":quick"])
+@pytest.mark.parametrize("path", CONFIGS)
+def test_state_shapes(path, size):
+  config = config_lib.load(str(ROOT / path) + size)
+  with config.unlocked():
+    for name in config.frozen:
+      config.frozen[name] = dict(
+        untrained=config_lib.load(str(ROOT / f"configs/emoji/{name}.py") + size)
+      )
+  run = trainer.setup(config)
+  batch = run.data.batch_spec(2)
+  tables = jax.eval_shape(
+    lambda frozen, batch: run.task.prepare(frozen, [batch]), run.frozen, batch
+  )
+  state = trainer.state_shapes(run, {**run.frozen, **tables})
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+  assert 1e5 < count < 1e8
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_smoke_trains_evaluates_and_saves(path, tmp_path):
+  config = config_lib.load(str(ROOT / path) + ":smoke")
+  state = trainer.train(config, str(tmp_path))
+  assert int(state.step) == 2
+  rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  losses = [row["train/loss"] for row in rows if "train/loss" in row]
+  assert len(losses) == 2 and all(math.isfinite(x) for x in losses)
+  evaluated = {k for row in rows for k in row if k.startswith("eval/")}
+  pictures = {path.name for path in (tmp_path / "samples").rglob("*.png")}
+  for name in config.evals:
+    assert any(k.startswith(f"eval/{name}/") for k in evaluated) or any(
+      name in picture for picture in pictures
+    ), name
+  assert (tmp_path / "checkpoints" / "00000002" / "manifest.json").exists()
+  assert (tmp_path / "config.json").exists()
+  assert (tmp_path / "assets" / "tokenizer.model").exists()

@@ -1,0 +1,67 @@
+"""kill -9 at random moments: the run that goes on ends with the same bits.
+
+UNCLIP_KILLS sets how often the run is killed (default 3, to be quick).
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+from unclip_jax import checkpoints
+
+KILLS = int(os.environ.get("UNCLIP_KILLS", "3"))
+
+
+def _command(workdir):
+  return [
+    sys.executable,
+    "-m",
+    "unclip_jax.train",
+    "--config=configs/emoji/prior.py:smoke",
+    f"--workdir={workdir}",
+    "--config.num_steps=60",
+    "--config.checkpoint.every_steps=3",
+    "--config.eval_every_steps=30",
+  ]
+
+
+def _finished(workdir):
+  steps = checkpoints.Checkpointer(workdir / "checkpoints").steps()
+  return bool(steps) and steps[-1] == 60
+
+
+def test_killed_runs_end_with_the_same_bits(tmp_path):
+  env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+  run = dict(env=env, capture_output=True, text=True, timeout=300)
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  start = time.monotonic()
+  subprocess.run(_command(whole), check=True, **run)
+  # The second start compiles nothing, so it is as quick as those to come.
+  start = time.monotonic()
+  subprocess.run(_command(tmp_path / "timed"), check=True, **run)
+  seconds = time.monotonic() - start
+  rng = random.Random(0)
+  kills = 0
+  while kills < KILLS:
+    process = subprocess.Popen(
+      _command(killed),
+      env=env,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    # Between the imports and the end, mostly while steps are being saved.
+    time.sleep(seconds * rng.uniform(0.3, 0.95))
+    process.kill()
+    process.wait()
+    kills += 1
+    if _finished(killed):
+      break
+  last = subprocess.run(_command(killed), check=True, **run)
+  assert "corrupt" not in last.stderr
+  _, a = checkpoints.Checkpointer(whole / "checkpoints").restore_flat()
+  _, b = checkpoints.Checkpointer(killed / "checkpoints").restore_flat()
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].tobytes() == b[name].tobytes(), name

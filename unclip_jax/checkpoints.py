@@ -1,0 +1,943 @@
+"""Saving and restoring: training steps, run configs, released models.
+
+A thin facade over Orbax, whose types stay in this file. Orbax notices no
+flipped bit and does not fall back from a damaged step, so every step folder
+gets a manifest with two kinds of hashes: SHA-256 of each file, and a checksum
+of each leaf, computed on the devices that hold it. A step is whole when its
+manifest stands, which is written last; what is damaged is set aside, and the
+step before is used.
+
+  WORKDIR/config.json                      the run's config
+  WORKDIR/.lock                            held while a run trains there
+  WORKDIR/checkpoints/00000010/state/      Orbax's files
+  WORKDIR/checkpoints/00000010/manifest.json
+  WORKDIR/checkpoints/00000010.corrupt-1/  a step that was set aside
+
+Leaves have flat names: the keys of `flax.serialization.to_state_dict`, joined
+by ".", for example "state.params.vision.block_0.attn.query.kernel".
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from unclip_jax.utils import config as config_lib
+from unclip_jax.utils.errors import UserError
+
+PyTree = Any
+Array = jax.Array | np.ndarray
+PathLike = str | os.PathLike[str]
+
+_MANIFEST = "manifest.json"
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+_STEP = re.compile(r"\d+")
+# A step folder, or what Orbax makes of its name until the step is written.
+_UNFINISHED = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
+
+
+class _CorruptError(Exception):
+  """What is damaged in a step folder; the message names leaf or file."""
+
+
+# --- Flat names ---------------------------------------------------------------
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+  """Flat name -> leaf, in the tree's order; None and empty nodes vanish.
+
+  Optax states, flax dataclasses and lists are included, by field name and
+  position.
+  """
+  flat: dict[str, Any] = {}
+
+  def visit(name: str, node: Any) -> None:
+    if isinstance(node, Mapping):
+      for key, child in node.items():
+        visit(f"{name}.{key}" if name else str(key), child)
+    elif name in flat:
+      raise ValueError(f"two leaves have the flat name {name!r}")
+    elif node is not None:
+      flat[name] = node
+
+  visit("", flax.serialization.to_state_dict(tree))
+  return flat
+
+
+def unflatten_like(template: PyTree, flat: Mapping[str, Any]) -> PyTree:
+  """The inverse of `flatten`: the template with its leaves replaced.
+
+  Raises:
+    UserError: a leaf is missing or left over; the message names it.
+  """
+  rest = dict(flat)
+
+  def visit(name: str, node: Any) -> Any:
+    if isinstance(node, Mapping):
+      return {
+        key: visit(f"{name}.{key}" if name else str(key), child)
+        for key, child in node.items()
+      }
+    if node is None:
+      return None
+    if name not in rest:
+      raise UserError(f"the leaf {name!r} is missing")
+    return rest.pop(name)
+
+  state = visit("", flax.serialization.to_state_dict(template))
+  if rest:
+    raise UserError(f"the leaf {next(iter(rest))!r} has no place in the tree")
+  return flax.serialization.from_state_dict(template, state)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{"a.b": x} -> {"a": {"b": x}}: the tree of names, without a template."""
+  tree: dict[str, Any] = {}
+  for name, leaf in flat.items():
+    *groups, last = name.split(".")
+    node = tree
+    for key in groups:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  return tree
+
+
+# --- Checksums of leaves ------------------------------------------------------
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """A one-to-one scrambling of uint32 (MurmurHash3's fmix32)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+@jax.jit
+def _hash_sums(
+  words: jax.Array, starts: jax.Array, strides: jax.Array
+) -> jax.Array:
+  """Two sums of hashed words of one shard, modulo 2**32.
+
+  Word i of the whole leaf (in C order) is hashed with i. For a given i the hash
+  is one-to-one, so a change of one word always changes both sums; plain
+  multiples of i would let two flipped sign bits cancel. Addition modulo 2**32
+  is exact in any order: the sums of the shards add up to those of the leaf,
+  however it is laid out.
+
+  Args:
+    words: the shard; 8-byte types count as two words.
+    starts: uint32 [ndim], the shard's place in the leaf.
+    strides: uint32 [ndim], in words of the leaf.
+
+  Returns:
+    uint32 [2].
+  """
+  if words.dtype == jnp.bool_:
+    words = words.astype(jnp.uint8)
+  size = words.dtype.itemsize
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
+  bits = jax.lax.bitcast_convert_type(words, unsigned).astype(jnp.uint32)
+  index = jnp.zeros(bits.shape, jnp.uint32)
+  for axis in range(words.ndim):
+    iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    index += (iota + starts[axis]) * strides[axis]
+  if size == 8:
+    index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, words.ndim)
+  return jnp.stack(
+    [
+      jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B1)), dtype=jnp.uint32),
+      jnp.sum(_mix(bits ^ _mix(index + 1)), dtype=jnp.uint32),
+    ]
+  )
+
+
+def _start_checksums(flat: Mapping[str, Array]) -> dict[str, list[jax.Array]]:
+  """Dispatches the sums of the shards that this process owns.
+
+  One small function by shard, each on the shard's own device: no collectives,
+  and one compilation for each shape instead of a long one for the whole tree
+  (1,200 leaves: 12 s).
+  """
+  pending = {}
+  for name, leaf in flat.items():
+    if isinstance(leaf, jax.Array):
+      words_per_item = 2 if leaf.dtype.itemsize == 8 else 1
+      shape = leaf.shape
+      shards = [
+        (s.data, [i.start or 0 for i in s.index])
+        for s in leaf.addressable_shards
+        if s.replica_id == 0
+      ]
+    else:
+      # Viewed as words before jax sees them: it would cut 8-byte types.
+      words_per_item = 1
+      word = {1: np.uint8, 2: np.uint16}.get(leaf.dtype.itemsize, np.uint32)
+      words = leaf.reshape(-1).view(word)
+      shape = words.shape
+      owned = jax.process_index() == 0
+      shards = [(words, [0])] if owned else []
+    strides = [
+      math.prod(shape[axis + 1 :]) * words_per_item % 2**32
+      for axis in range(len(shape))
+    ]
+    pending[name] = [
+      _hash_sums(
+        data,
+        np.array([start % 2**32 for start in starts], np.uint32),
+        np.array(strides, np.uint32),
+      )
+      for data, starts in shards
+    ]
+  return pending
+
+
+def _finish_checksums(pending: Mapping[str, list[jax.Array]]) -> dict[str, str]:
+  """Name -> 16 hex digits, the same on every process."""
+  sums = np.zeros((len(pending), 2), np.uint32)
+  for row, parts in zip(sums, jax.device_get(list(pending.values()))):
+    for part in parts:
+      row += part
+  if jax.process_count() > 1:
+    sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
+  return {n: f"{a:08x}{b:08x}" for n, (a, b) in zip(pending, sums)}
+
+
+# --- Manifests ----------------------------------------------------------------
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+  """JSON text that carries its own hash: any flipped bit in it shows."""
+  digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+  return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1)
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    text = (folder / _MANIFEST).read_text(encoding="utf-8")
+    body = json.loads(text)
+    del body["sha256"]
+    intact = _seal(body) == text and body["step"] == int(folder.name)
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    raise _CorruptError(f"file {_MANIFEST} cannot be read") from e
+  if not intact:
+    raise _CorruptError(f"file {_MANIFEST} has changed")
+  return body
+
+
+def _hash_file(path: pathlib.Path) -> str:
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _hash_files(folder: pathlib.Path) -> dict[str, list[Any]]:
+  """Relative path -> [bytes, SHA-256]."""
+  paths = sorted(p for p in folder.rglob("*") if p.is_file())
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    digests = list(pool.map(_hash_file, paths))
+  return {
+    str(p.relative_to(folder)): [p.stat().st_size, digest]
+    for p, digest in zip(paths, digests)
+  }
+
+
+def _damaged_files(
+  folder: pathlib.Path, files: Mapping[str, list[Any]]
+) -> dict[str, str]:
+  """File -> a phrase, for each that is not as it was written."""
+  found = _hash_files(folder)
+  problems = {}
+  for name, (size, digest) in files.items():
+    if name not in found:
+      problems[name] = f"file {name} is missing"
+    elif found[name][0] != size:
+      problems[name] = f"file {name} has {found[name][0]} bytes, not {size}"
+    elif found[name][1] != digest:
+      problems[name] = f"file {name} has changed"
+  return problems
+
+
+def _write_atomically(path: pathlib.Path, data: str) -> None:
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "w", encoding="utf-8") as f:
+    f.write(data)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+# --- Training steps -----------------------------------------------------------
+
+
+class Checkpointer:
+  """The steps of one run: `save` in the background, `restore` with checks.
+
+  In a run of several processes, all of them call `save`, `wait`, `close`,
+  `restore` and `clean_incomplete` together; process 0 writes, renames and
+  deletes.
+  """
+
+  def __init__(
+    self,
+    directory: PathLike,
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
+    strict: bool = False,
+  ):
+    """Opens a folder of steps, which need not exist yet.
+
+    Args:
+      directory: WORKDIR/checkpoints.
+      keep: how many of the newest steps stay.
+      keep_every: steps that this number divides stay too; 0 is off.
+      strict: a damaged step is an error instead of being set aside.
+    """
+    if keep < 1:
+      raise UserError(f"at least one checkpoint must be kept, not {keep}")
+    self._directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._keep_every = keep_every
+    self._strict = strict
+    self._thread: threading.Thread | None = None
+    self._failure: tuple[int, BaseException] | None = None
+
+  def steps(self) -> list[int]:
+    """The whole steps, oldest first."""
+    if not self._directory.is_dir():
+      return []
+    return sorted(
+      int(path.name)
+      for path in self._directory.iterdir()
+      if _STEP.fullmatch(path.name) and (path / _MANIFEST).is_file()
+    )
+
+  def save(self, step: int, tree: PyTree) -> None:
+    """Starts saving; a step that is there already is left alone.
+
+    Returns when the leaves may be donated or overwritten. Waits first for a
+    save that is still under way.
+
+    Args:
+      step: counts up; names the folder.
+      tree: any tree of jax and numpy arrays and numbers.
+
+    Raises:
+      UserError: the save before could not be written.
+    """
+    self.wait()
+    if step in self.steps():
+      logging.info("the checkpoint of step %d is there already", step)
+      return
+    # A host array may change as soon as we return, hence the copy.
+    flat = {
+      name: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+      for name, leaf in flatten(tree).items()
+    }
+    folder = self._folder(step)
+    if jax.process_index() == 0:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      for unfinished in self._directory.glob(f"{folder.name}*"):
+        if _UNFINISHED.fullmatch(unfinished.name):
+          shutil.rmtree(unfinished)
+    _sync("checkpoint_begin")
+    pending = _start_checksums(flat)
+    finish = functools.partial(_finish_checksums, pending)
+    if jax.process_count() > 1:
+      # Talks to the other processes, so it must not leave this thread.
+      checksums = finish()
+      finish = functools.partial(dict, checksums)
+    shapes = {
+      n: [list(leaf.shape), str(leaf.dtype)] for n, leaf in flat.items()
+    }
+    # Orbax stores no arrays of size zero; the manifest says all about them.
+    response = ocp.save_async(folder, {n: v for n, v in flat.items() if v.size})
+
+    def complete() -> None:
+      try:
+        response.result()
+        checksums = finish()
+        if jax.process_index() == 0:
+          leaves = {n: [*shapes[n], checksums[n]] for n in shapes}
+          body = {"step": step, "files": _hash_files(folder), "leaves": leaves}
+          _write_atomically(folder / _MANIFEST, _seal(body))
+          self._delete_old()
+      except BaseException as e:
+        self._failure = (step, e)
+
+    self._thread = threading.Thread(target=complete, name="checkpoint")
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Returns when no save is under way.
+
+    Raises:
+      UserError: the disk is full or not writable. Any other failure of the
+        background save is raised as it was.
+    """
+    if self._thread is None:
+      return
+    self._thread.join()
+    self._thread = None
+    if self._failure is not None:
+      (step, error), self._failure = self._failure, None
+      text = " ".join(str(error).split())
+      if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text:
+        raise UserError(
+          f"the checkpoint of step {step} could not be written to"
+          f" {self._directory}: {text}"
+        ) from error
+      raise error
+    _sync("checkpoint_end")
+
+  def close(self) -> None:
+    """Waits for the last save."""
+    self.wait()
+
+  def clean_incomplete(self) -> None:
+    """Removes what a run that was killed while saving has left.
+
+    Only for the owner of the workdir: what another run is just saving is
+    incomplete too.
+    """
+    self.wait()
+    if jax.process_index() == 0 and self._directory.is_dir():
+      for path in self._directory.iterdir():
+        whole = (path / _MANIFEST).is_file()
+        if _UNFINISHED.fullmatch(path.name) and not whole:
+          shutil.rmtree(path)
+    _sync("checkpoint_clean")
+
+  def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
+    """Loads the newest whole step, on any mesh and number of processes.
+
+    A damaged step is renamed to "<step>.corrupt-N" with a warning that names
+    the damaged leaf (or file, where no leaf can be named), and the one before
+    is used.
+
+    Args:
+      template: the tree that was saved, with arrays or
+        `jax.ShapeDtypeStruct`s as leaves; their sharding is that of the
+        result. Leaves that are numpy arrays are loaded as such.
+
+    Returns:
+      (step, tree), or None where nothing was ever saved.
+
+    Raises:
+      UserError: a leaf has another shape or dtype than in the template, or is
+        missing or left over (nothing is set aside then); a step is damaged and
+        `strict` is on; or all steps are damaged.
+    """
+    self.wait()
+    expected = {n: _as_abstract(leaf) for n, leaf in flatten(template).items()}
+    for step in reversed(self.steps()):
+      folder = self._folder(step)
+      try:
+        manifest = _agreed_manifest(folder)
+        _check_fits(expected, manifest["leaves"], folder)
+        flat = _load_verified(folder, manifest, expected)
+        return step, unflatten_like(template, flat)
+      except _CorruptError as e:
+        if self._strict:
+          raise UserError(f"the checkpoint {folder} is damaged: {e}") from e
+        self._set_aside(folder, str(e))
+    damaged = self._damaged_folders()
+    if damaged:
+      raise UserError(
+        "every checkpoint of this run is damaged, delete them to start anew:"
+        f" {', '.join(str(path) for path in damaged)}"
+      )
+    return None
+
+  def restore_flat(
+    self, step: int | None = None, names: str | None = None
+  ) -> tuple[int, dict[str, np.ndarray]]:
+    """Loads leaves to the host, without a template; changes no file.
+
+    Args:
+      step: None for the newest whole step that is not damaged.
+      names: regex; only leaves whose flat name it finds (`re.search`) are
+        loaded.
+
+    Returns:
+      (step, flat name -> array).
+
+    Raises:
+      UserError: there is no such step, or it is damaged.
+    """
+    pattern = re.compile(names or "")
+    return self._restore_flat(
+      step, lambda found: [n for n in found if pattern.search(n)]
+    )
+
+  def _restore_flat(
+    self, step: int | None, select: Callable[[Iterable[str]], list[str]]
+  ) -> tuple[int, dict[str, np.ndarray]]:
+    self.wait()
+    known = self.steps()
+    if step is not None and step not in known:
+      raise UserError(
+        f"{self._directory} has no whole checkpoint of step {step}, there are:"
+        f" {', '.join(map(str, known)) or 'none'}"
+      )
+    problems = []
+    for candidate in reversed(known) if step is None else [step]:
+      folder = self._folder(candidate)
+      try:
+        manifest = _agreed_manifest(folder)
+        leaves = manifest["leaves"]
+        wanted = {}
+        for name in select(leaves):
+          shape, dtype, _ = leaves[name]
+          zero = np.zeros((), jnp.dtype(dtype))
+          wanted[name] = np.broadcast_to(zero, shape)  # takes no memory
+        return candidate, _load_verified(folder, manifest, wanted)
+      except _CorruptError as e:
+        problems.append(f"{folder}: {e}")
+        if self._strict or step is not None:
+          break
+        logging.warning(
+          "the checkpoint %s is damaged (%s), using the one before", folder, e
+        )
+    if problems:
+      raise UserError(f"no checkpoint is intact: {'; '.join(problems)}")
+    raise UserError(f"there is no whole checkpoint in {self._directory}")
+
+  def _folder(self, step: int) -> pathlib.Path:
+    return self._directory / f"{step:08d}"
+
+  def _delete_old(self) -> None:
+    """Keeps the newest steps; runs only when the new one is whole."""
+    for step in self.steps()[: -self._keep]:
+      if not self._keep_every or step % self._keep_every:
+        # Without its manifest, a half-deleted folder is not a step.
+        (self._folder(step) / _MANIFEST).unlink()
+        shutil.rmtree(self._folder(step))
+
+  def _damaged_folders(self) -> list[pathlib.Path]:
+    if not self._directory.is_dir():
+      return []
+    return sorted(self._directory.glob("*.corrupt-*"))
+
+  def _set_aside(self, folder: pathlib.Path, problem: str) -> None:
+    number = 1
+    while (
+      aside := folder.with_name(f"{folder.name}.corrupt-{number}")
+    ).exists():
+      number += 1
+    _sync("checkpoint_set_aside")
+    if jax.process_index() == 0:
+      folder.rename(aside)
+    logging.warning(
+      "the checkpoint of step %d is damaged: %s. It was set aside as %s, and"
+      " the one before is used.",
+      int(folder.name),
+      problem,
+      aside,
+    )
+    _sync("checkpoint_was_set_aside")
+
+
+def _sync(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _as_abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+  """What Orbax takes as the description of a leaf."""
+  if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+    return np.asarray(leaf)
+  sharding = leaf.sharding
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _agreed_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """The manifest, or _CorruptError on all processes where 0 cannot read it."""
+  problem = None
+  manifest = {}
+  try:
+    manifest = _read_manifest(folder)
+  except _CorruptError as e:
+    problem = e
+  if _agree(problem is not None):
+    raise problem or _CorruptError(f"file {_MANIFEST} is damaged")
+  return manifest
+
+
+def _agree(flag: bool) -> bool:
+  """What process 0 says."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+def _check_fits(
+  expected: Mapping[str, Any],
+  leaves: Mapping[str, list[Any]],
+  folder: pathlib.Path,
+) -> None:
+  """Refuses a checkpoint of another model: Orbax would cast dtypes silently."""
+  problems = []
+  for name in [*expected, *(n for n in leaves if n not in expected)]:
+    want, found = "no such leaf", "no such leaf"
+    if name in expected:
+      leaf = expected[name]
+      want = f"{leaf.dtype}{list(leaf.shape)}"
+    if name in leaves:
+      shape, dtype, _ = leaves[name]
+      found = f"{dtype}{shape}"
+    if want != found:
+      problems.append(f"leaf {name!r}: expected {want}, found {found}")
+  if problems:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise UserError(
+      f"the checkpoint {folder} does not fit this config: {problems[0]}{more}"
+    )
+
+
+def _load(
+  folder: pathlib.Path,
+  manifest: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Loads the wanted leaves and nothing else."""
+  stored = [
+    n for n, (shape, *_) in manifest["leaves"].items() if 0 not in shape
+  ]
+  request = {n: wanted.get(n, ocp.PLACEHOLDER) for n in stored}
+  loaded = {}
+  if any(n in wanted for n in stored):
+    loaded = ocp.load(folder, request)
+  flat = {}
+  for name, leaf in wanted.items():
+    if name in request:
+      flat[name] = loaded[name]
+    elif isinstance(leaf, jax.ShapeDtypeStruct):
+      flat[name] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    else:
+      flat[name] = np.zeros(leaf.shape, leaf.dtype)
+  return flat
+
+
+def _changed_leaf(
+  flat: Mapping[str, Array], leaves: Mapping[str, list[Any]]
+) -> str | None:
+  """The first leaf whose checksum is not the one in the manifest."""
+  checksums = _finish_checksums(_start_checksums(flat))
+  return next((n for n in flat if checksums[n] != leaves[n][2]), None)
+
+
+def _load_verified(
+  folder: pathlib.Path,
+  manifest: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Loads the wanted leaves, once the files are seen to be intact.
+
+  Raises:
+    _CorruptError: something is not as it was saved. A failure to load intact
+      files (no memory, an impossible sharding) is raised as it is.
+  """
+  problems = {}
+  if jax.process_index() == 0:
+    problems = _damaged_files(folder, manifest["files"])
+  if _agree(bool(problems)):
+    summary = next(iter(problems.values()), "a file is damaged")
+    if leaf := _damaged_leaf(folder, manifest, wanted, problems):
+      summary = f"leaf {leaf!r} has changed ({summary})"
+    raise _CorruptError(summary)
+  flat = _load(folder, manifest, wanted)
+  if leaf := _changed_leaf(flat, manifest["leaves"]):
+    raise _CorruptError(f"leaf {leaf!r} has changed")
+  return flat
+
+
+def _damaged_leaf(
+  folder: pathlib.Path,
+  manifest: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  problems: Mapping[str, str],
+) -> str | None:
+  """A leaf that damaged files have cost; None if no leaf can be named.
+
+  Orbax packs many leaves into a file, so they are loaded and compared: a
+  flipped bit in a leaf's values loads without an error.
+  """
+  holds_leaves = any("d" in pathlib.PurePath(n).parts for n in problems)
+  if not holds_leaves or jax.process_count() > 1:
+    return None
+  try:
+    return _changed_leaf(_load(folder, manifest, wanted), manifest["leaves"])
+  except Exception:
+    return None  # the damage is to what the leaves share
+
+
+# --- The run's folder ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: PathLike) -> Iterator[None]:
+  """Keeps a second run out of a workdir, on this machine.
+
+  The lock goes with the process, however that ends.
+
+  Raises:
+    UserError: another run holds it; the message says which.
+  """
+  path = pathlib.Path(workdir) / ".lock"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "a+", encoding="utf-8") as f:
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      f.seek(0)
+      raise UserError(
+        f"{workdir} is in use by the run {f.read().strip() or '(unknown)'}:"
+        " stop it, or choose another workdir"
+      ) from e
+    except OSError as e:
+      # Some network file systems have no locks; the run is worth more.
+      logging.warning("%s cannot be locked: %s", workdir, e)
+    f.truncate(0)
+    f.write(f"{os.getpid()}@{socket.gethostname()}\n")
+    f.flush()
+    try:
+      yield
+    finally:
+      f.truncate(0)
+
+
+def save_config(workdir: PathLike, config: ml_collections.ConfigDict) -> None:
+  """Writes WORKDIR/config.json."""
+  path = pathlib.Path(workdir) / _CONFIG
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _write_atomically(path, config_lib.to_json(config))
+
+
+def save_assets(workdir: PathLike, assets: Mapping[str, PathLike]) -> None:
+  """Copies files that belong to a model to WORKDIR/assets, once.
+
+  Args:
+    assets: file name -> the file to copy.
+  """
+  folder = pathlib.Path(workdir) / "assets"
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, path in assets.items():
+    if jax.process_index() == 0 and not (folder / name).exists():
+      shutil.copyfile(path, folder / f".{name}.tmp")
+      os.replace(folder / f".{name}.tmp", folder / name)
+
+
+def load_config(workdir: PathLike) -> ml_collections.ConfigDict:
+  """Reads config.json of a run or a model folder.
+
+  Raises:
+    UserError: there is none, or it is not a config.
+  """
+  path = pathlib.Path(workdir) / _CONFIG
+  try:
+    return config_lib.from_json(path.read_text(encoding="utf-8"))
+  except (FileNotFoundError, NotADirectoryError) as e:
+    raise UserError(f"there is no {path}: is this a run or a model?") from e
+  except (UserError, UnicodeDecodeError) as e:
+    raise UserError(f"{path} is damaged: {e}") from e
+
+
+def check_config(
+  workdir: PathLike,
+  config: ml_collections.ConfigDict,
+  allow_change: bool = False,
+) -> None:
+  """Refuses to go on with a run under another config.
+
+  Args:
+    workdir: a run's folder; one without a config.json is new.
+    config: that of this start.
+    allow_change: warn about the differences instead.
+
+  Raises:
+    UserError: the stored config differs; the message says where.
+  """
+  if not (pathlib.Path(workdir) / _CONFIG).exists():
+    return
+  changes = config_lib.diff(load_config(workdir), config)
+  if not changes:
+    return
+  text = "; ".join(changes)
+  if not allow_change:
+    raise UserError(
+      f"the run in {workdir} has another config ({text}): choose another"
+      " workdir, undo the change, or allow it with --allow_config_change"
+    )
+  logging.warning("the config of the run in %s changes: %s", workdir, text)
+
+
+# --- Released models ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """What `load_model` finds.
+
+  Attributes:
+    config: that of the run that trained it.
+    variables: {"params": ..., "batch_stats"...: ...}, nested dicts of numpy
+      arrays.
+    tables: name -> array or dict of arrays (an EmbeddingSpace as its
+      `to_dict`).
+    assets_dir: the folder that holds the tokenizer and other files.
+    fingerprint: see `fingerprint`.
+  """
+
+  config: ml_collections.ConfigDict
+  variables: dict[str, PyTree]
+  tables: dict[str, PyTree]
+  assets_dir: str
+  fingerprint: str
+
+
+def fingerprint(variables: Mapping[str, PyTree]) -> str:
+  """16 hex digits of SHA-256 over names, shapes, dtypes and bytes of params.
+
+  A run and the model folder saved from it have the same one.
+  """
+  digest = hashlib.sha256()
+  for name, leaf in sorted(flatten(variables["params"]).items()):
+    array = np.asarray(leaf)
+    head = f"{name} {list(array.shape)} {array.dtype}\n"
+    digest.update(head.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def save_model(
+  directory: PathLike,
+  config: ml_collections.ConfigDict,
+  variables: Mapping[str, PyTree],
+  tables: Mapping[str, PyTree],
+  assets: Mapping[str, PathLike],
+) -> None:
+  """Writes a model folder: config.json, model.safetensors, asset files.
+
+  Args:
+    directory: is made where needed; files of the same names are replaced.
+    config: that of the run.
+    variables: {"params": ..., and other collections}.
+    tables: arrays, dicts of arrays or EmbeddingSpaces, by name.
+    assets: file name in the folder -> the file to copy.
+
+  Raises:
+    UserError: an asset is missing.
+  """
+  folder = pathlib.Path(directory)
+  for name, path in assets.items():
+    if not os.path.isfile(path):
+      raise UserError(f"there is no file {path} for the asset {name!r}")
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = flatten({**variables, "tables": dict(tables)})
+  arrays = {n: np.ascontiguousarray(np.asarray(v)) for n, v in flat.items()}
+  # ascontiguousarray makes numbers one-dimensional.
+  arrays = {n: v.reshape(np.shape(flat[n])) for n, v in arrays.items()}
+  temporary = folder / f".{_WEIGHTS}.tmp"
+  safetensors.numpy.save_file(
+    arrays, temporary, metadata={"fingerprint": fingerprint(variables)}
+  )
+  os.replace(temporary, folder / _WEIGHTS)
+  save_config(folder, config)
+  for name, path in assets.items():
+    if (folder / name).resolve() != pathlib.Path(path).resolve():
+      shutil.copyfile(path, folder / name)
+
+
+def load_model(path: PathLike) -> LoadedModel:
+  """Loads a model folder, or the newest step of a run's workdir.
+
+  Of a run, the averaged parameters are taken where there are any.
+
+  Raises:
+    UserError: the folder holds neither, or what it holds is damaged.
+  """
+  folder = pathlib.Path(path)
+  if (folder / _WEIGHTS).is_file():
+    flat, stored = _read_weights(folder / _WEIGHTS)
+    assets_dir = folder
+  elif (folder / "checkpoints").is_dir():
+    flat, stored = _read_run(folder / "checkpoints"), None
+    assets_dir = folder / "assets"
+  else:
+    raise UserError(
+      f"there is no model in {path}: looked for {_WEIGHTS} (a model folder) and"
+      " checkpoints/ (a run)"
+    )
+  config = load_config(folder)
+  variables = nest(flat)
+  tables = variables.pop("tables", {})
+  if "params" not in variables:
+    raise UserError(f"the model in {path} has no parameters")
+  found = fingerprint(variables)
+  if stored not in (None, found):
+    raise UserError(
+      f"{folder / _WEIGHTS} is damaged: its parameters have the fingerprint"
+      f" {found}, but were saved with {stored}"
+    )
+  return LoadedModel(config, variables, tables, str(assets_dir), found)
+
+
+def _read_weights(
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], str | None]:
+  """The arrays of a safetensors file and the fingerprint that it states."""
+  try:
+    with safetensors.safe_open(path, framework="numpy") as f:
+      stated = (f.metadata() or {}).get("fingerprint")
+      names = list(f.keys())
+      return {name: f.get_tensor(name) for name in names}, stated
+  except safetensors.SafetensorError as e:
+    raise UserError(f"{path} is damaged: {e}") from e
+
+
+def _read_run(directory: pathlib.Path) -> dict[str, np.ndarray]:
+  """The variables and tables of the newest step, by the names of a model."""
+  ema, plain = "state.ema_params.", "state.params."
+  others = {"state.model_state.": "", "tables.": "tables."}
+
+  def select(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    params = ema if any(n.startswith(ema) for n in names) else plain
+    return [n for n in names if n.startswith((params, *others))]
+
+  _, flat = Checkpointer(directory)._restore_flat(None, select)
+  prefixes = {ema: "params.", plain: "params.", **others}
+  return {
+    new + name.removeprefix(old): leaf
+    for name, leaf in flat.items()
+    for old, new in prefixes.items()
+    if name.startswith(old)
+  }

@@ -1,0 +1,56 @@
+"""Turn trained run folders into one model folder that can be shared.
+
+  unclip convert --from runs --src runs/emoji --out runs/emoji/model
+
+SRC holds a run folder for each part: clip, prior, decoder, upsampler_SIZE.
+"""
+
+from __future__ import annotations
+
+import os
+
+from absl import flags
+
+from unclip_jax import pipelines
+from unclip_jax.utils import errors, programs
+
+FROM = flags.DEFINE_enum("from", "runs", ["runs"], "What SRC holds.")
+SRC = flags.DEFINE_string("src", None, "Folder to read.", required=True)
+OUT = flags.DEFINE_string("out", None, "Model folder to write.", required=True)
+
+
+def run_folders(src: str) -> dict[str, str]:
+  """The parts in the order of the pipeline: name -> run folder.
+
+  Raises:
+    UserError: SRC lacks a part.
+  """
+  if not os.path.isdir(src):
+    raise errors.UserError(f"there is no folder '{src}'")
+  found = sorted(
+    name
+    for name in os.listdir(src)
+    if os.path.exists(os.path.join(src, name, "config.json"))
+  )
+  upsamplers = sorted(
+    (name for name in found if name.startswith("upsampler_")),
+    key=lambda name: int(name.rpartition("_")[2]),
+  )
+  names = ["clip", "prior", "decoder", *upsamplers]
+  missing = [name for name in names if name not in found]
+  if missing:
+    raise errors.UserError(
+      f"'{src}' lacks the run folder '{missing[0]}': train it with --workdir "
+      f"{os.path.join(src, missing[0])}"
+    )
+  return {name: os.path.join(src, name) for name in names}
+
+
+def main() -> None:
+  pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(SRC.value))
+  pipe.save_pretrained(OUT.value)
+  print(f"the model is in {OUT.value}")
+
+
+if __name__ == "__main__":
+  programs.run(main)

@@ -1,0 +1,414 @@
+"""UnCLIPPipeline: from prompts to pictures through all the trained stages.
+
+Each stage is one jitted function of `(variables, frozen, batch, rngs)` that
+compiles once for a given batch size and set of options. Every picture has its
+own key, made from the seed and its place in the request, so the same seed
+gives the same pictures whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from unclip_jax import __version__, checkpoints, inference
+from unclip_jax.data import pipeline as data_pipeline
+from unclip_jax.data import tokenizers
+from unclip_jax.utils import errors
+
+INDEX = "model_index.json"
+Callback = Callable[[str, int, int], None]
+Arrays = Mapping[str, np.ndarray]
+Predict = Callable[[Arrays], Arrays]
+
+
+class PipelineOutput(NamedTuple):
+  """What a call of the pipeline gives."""
+
+  images: Any  # list of PIL pictures, or float32 [N, H, W, 3] in [0, 1]
+  image_embeds: np.ndarray  # [N, D], the prior's draws in the CLIP's own space
+  options: dict[str, dict[str, Any]]  # what each stage was drawn with
+  seconds: dict[str, float]  # wall time of each stage
+
+
+class UnCLIPPipeline:
+  """Text to picture with CLIP, a prior, a decoder and upsamplers.
+
+  Attributes:
+    parts: `clip`, `prior`, `decoder`, then `upsampler_SIZE` from small to
+      large, each an `inference.Loaded`.
+  """
+
+  def __init__(self, parts: Mapping[str, inference.Loaded]):
+    """Args:
+      parts: as the attribute.
+
+    Raises:
+      UserError: a part is missing.
+    """
+    for name in ("clip", "prior", "decoder"):
+      if name not in parts:
+        raise errors.UserError(f"the pipeline lacks its part '{name}'")
+    self.parts = dict(parts)
+    tokenizer = os.path.join(parts["clip"].assets_dir or "", "tokenizer.model")
+    self.tokenizer = tokenizers.SentencePieceTokenizer(tokenizer)
+    self._jitted: dict[Any, Callable[..., Any]] = {}
+    self._on_step: Callable[[], None] = lambda: None
+
+  @classmethod
+  def from_parts(cls, folders: Mapping[str, str]) -> UnCLIPPipeline:
+    """Loads each part from a run folder or from a part of a model folder.
+
+    Raises:
+      UserError: a folder is missing, or a prior or decoder was trained with
+        another CLIP than the one given.
+    """
+    parts: dict[str, inference.Loaded] = {}
+    for name, folder in folders.items():
+      parts[name] = inference.load(folder, upstream_models=parts)
+    return cls(parts)
+
+  @classmethod
+  def from_pretrained(cls, folder: str) -> UnCLIPPipeline:
+    """Loads a model folder that `save_pretrained` wrote.
+
+    Raises:
+      UserError: there is no model in the folder.
+    """
+    path = os.path.join(folder, INDEX)
+    if not os.path.exists(path):
+      raise errors.UserError(
+        f"there is no model in '{folder}' ({INDEX} is missing): `make "
+        "quickstart` makes one in runs/quickstart/model"
+      )
+    with open(path, encoding="utf-8") as f:
+      names = json.load(f)["parts"]
+    return cls.from_parts({name: os.path.join(folder, name) for name in names})
+
+  def save_pretrained(self, folder: str) -> None:
+    """Writes `model_index.json` and a folder for each part (safetensors)."""
+    for name, part in self.parts.items():
+      config = part.config.copy_and_resolve_references()
+      with config.unlocked():
+        for upstream_name in config.frozen:
+          config.frozen[upstream_name].path = f"../{upstream_name}"
+      tables = {k: v for k, v in part.frozen.items() if k not in config.frozen}
+      checkpoints.save_model(
+        os.path.join(folder, name),
+        config,
+        part.variables,
+        tables,
+        _assets(part.assets_dir),
+      )
+    index = {
+      "_class_name": "UnCLIPPipeline",
+      "_unclip_jax_version": __version__,
+      "parts": list(self.parts),
+    }
+    with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
+      json.dump(index, f, indent=2)
+
+  @property
+  def upsamplers(self) -> list[str]:
+    return [name for name in self.parts if name.startswith("upsampler")]
+
+  @property
+  def image_size(self) -> int:
+    """Pixels of a side of the final pictures."""
+    size = self.parts["decoder"].task.model.image_size
+    for name in self.upsamplers:
+      size *= self.parts[name].task.scale
+    return size
+
+  def data(self) -> data_pipeline.DataPipeline:
+    """What the decoder was trained on, with pictures of the final size."""
+    part = self.parts["decoder"]
+    config = part.config.data.copy_and_resolve_references()
+    with config.unlocked():
+      config.preprocess.image_size = self.image_size
+      config.source.image_size = max(config.source.image_size, self.image_size)
+    return data_pipeline.DataPipeline.from_config(
+      config,
+      seed=part.config.seed,
+      assets_dir=self.parts["clip"].assets_dir,
+    )
+
+  def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """`text_tokens` [B, L] int32 and `text_mask` [B, L] bool."""
+    length = self.parts["clip"].config.model.context_length
+    text_tokens, text_mask = self.tokenizer.encode(list(captions), length)
+    return {"text_tokens": text_tokens, "text_mask": text_mask}
+
+  def __call__(
+    self,
+    prompts: str | Sequence[str],
+    *,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+    prior_steps: int | None = None,
+    decoder_steps: int | None = None,
+    upsampler_steps: int | None = None,
+    prior_guidance_scale: float | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+    noise: Mapping[str, jax.Array] | None = None,
+    callback: Callback | None = None,
+    output_type: str = "pil",
+    batch_size: int = 16,
+  ) -> PipelineOutput:
+    """Draws pictures for prompts.
+
+    What is None is taken from the options that each stage was saved with.
+
+    Args:
+      prompts: one or more captions; the empty one is legal.
+      seed: picture i of the request is a function of (seed, i).
+      prior_steps, decoder_steps, upsampler_steps: denoising steps.
+      prior_guidance_scale, guidance_scale: of the prior and of the decoder;
+        1.0 is off.
+      sampler: "ddpm" or "ddim", for all stages.
+      noise: in place of every draw: stage name -> `[num_sample_steps + 1, N,
+        ...]`, entry 0 is x_T, entry i the noise of step i. The prior's N
+        counts its candidates.
+      callback: `callback(stage, step, num_steps)` after every step.
+      output_type: "pil", or "np" for float32 NHWC in [0, 1].
+      batch_size: pictures drawn at once.
+
+    Returns:
+      The pictures, prompt by prompt.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    captions = [p for p in prompts for _ in range(num_images_per_prompt)]
+    if not captions:
+      raise errors.UserError("there is no prompt: give at least one")
+    if output_type not in ("pil", "np"):
+      raise errors.UserError(f"output_type '{output_type}' is not pil or np")
+    given: dict[str, dict[str, Any]] = {
+      "prior": dict(
+        num_sample_steps=prior_steps, guidance_scale=prior_guidance_scale
+      ),
+      "decoder": dict(
+        num_sample_steps=decoder_steps, guidance_scale=guidance_scale
+      ),
+      **{
+        name: dict(num_sample_steps=upsampler_steps) for name in self.upsamplers
+      },
+    }
+    options = {
+      name: self._options(name, {**stage, "sampler": sampler})
+      for name, stage in given.items()
+    }
+    images, image_embeds, seconds = self._draw_all(
+      self.tokenize(captions),
+      np.arange(len(captions)),
+      options,
+      seed=seed,
+      batch_size=batch_size,
+      noise=noise,
+      callback=callback,
+    )
+    if output_type == "pil":
+      images = [to_pil(image) for image in images]
+    return PipelineOutput(images, image_embeds, options, seconds)
+
+  def _draw_all(
+    self,
+    text: Mapping[str, np.ndarray],
+    indices: np.ndarray,
+    options: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int,
+    batch_size: int,
+    noise: Mapping[str, jax.Array] | None = None,
+    callback: Callback | None = None,
+  ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Runs N tokenised captions through all stages, batch by batch.
+
+    Args:
+      text: `text_tokens`, `text_mask` [N, L].
+      indices: [N] int; picture i is a function of (seed, indices[i]).
+      options: stage -> options of its `sample`, None for the stage's own.
+
+    Returns:
+      Pictures [N, H, W, 3] in [0, 1], image embeddings [N, D], and the
+      seconds of each stage.
+    """
+    N = len(indices)
+    batch_size = min(batch_size, N)
+    seconds = dict.fromkeys(options, 0.0)
+    images, image_embeds = [], []
+    for first in range(0, N, batch_size):
+      # The last batch is filled up with rows that are thrown away, so that
+      # nothing compiles a second time.
+      rows = np.minimum(np.arange(first, first + batch_size), N - 1)
+      batch: dict[str, Any] = {k: v[rows] for k, v in text.items()}
+      keys = _keys(jax.random.key(seed), jnp.asarray(indices[rows]))
+      for number, name in enumerate(options):
+        start = time.monotonic()
+        output = self._run(
+          name,
+          batch,
+          _fold_all(keys, number),
+          options[name],
+          self._noise_rows(noise, name, rows),
+          callback,
+        )
+        output = jax.block_until_ready(output)
+        seconds[name] += time.monotonic() - start
+        if name == "prior":
+          batch["image_embed"] = output["image_embed"]
+        else:
+          batch["low_res"] = output["image"]
+      images.append(np.asarray(batch["low_res"]) / 2 + 0.5)
+      image_embeds.append(np.asarray(batch["image_embed"]))
+    return np.concatenate(images)[:N], np.concatenate(image_embeds)[:N], seconds
+
+  def _noise_rows(
+    self, noise: Mapping[str, jax.Array] | None, name: str, rows: np.ndarray
+  ) -> jax.Array | None:
+    """The injected noise of one stage for some pictures."""
+    if noise is None:
+      return None
+    if name not in noise:
+      raise errors.UserError(
+        f"noise lacks the stage '{name}': give all stages or none"
+      )
+    copies = 1
+    if name == "prior":
+      copies = self._options(name, {})["num_candidates"]
+    rows = (rows[:, None] * copies + np.arange(copies)).ravel()
+    return jnp.asarray(noise[name])[:, rows]
+
+  def _options(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's own options with those put in that are not None."""
+    own = self.parts[name].task.sample_options
+    return {**own, **{k: v for k, v in given.items() if v is not None}}
+
+  def _run(
+    self,
+    name: str,
+    batch: Mapping[str, Any],
+    keys: jax.Array,
+    options: Mapping[str, Any],
+    noise: jax.Array | None,
+    callback: Callback | None,
+  ) -> dict[str, jax.Array]:
+    """One stage; its jitted function is kept by the options given."""
+    part = self.parts[name]
+    static = self._options(name, options)
+    cache_key = (name, callback is not None, tuple(sorted(static.items())))
+    if cache_key not in self._jitted:
+      # A stable trampoline: another callback does not compile again.
+      on_step = (lambda: self._on_step()) if callback is not None else None
+
+      def sample(
+        variables: Any, frozen: Any, batch: Any, keys: Any, noise: Any
+      ) -> dict[str, jax.Array]:
+        return part.task.sample(
+          variables, frozen, batch, keys, noise=noise, on_step=on_step, **static
+        )
+
+      self._jitted[cache_key] = jax.jit(sample)
+    if callback is not None:
+      self._on_step = _counter(
+        functools.partial(callback, name), static["num_sample_steps"]
+      )
+    names = {
+      "prior": ("text_tokens", "text_mask"),
+      "decoder": ("text_tokens", "text_mask", "image_embed"),
+    }.get(name, ("low_res",))
+    inputs = {k: batch[k] for k in names}
+    return self._jitted[cache_key](
+      part.variables, part.frozen, inputs, keys, noise
+    )
+
+  def predict_fns(self, seed: int = 0) -> dict[str, Predict]:
+    """What evaluators may ask of the whole pipeline, by name.
+
+    `embed`: normalised embeddings of `clip_image` and caption. `prior`: the
+    prior's draw beside the true embedding. `text_to_image`: pictures drawn
+    from the caption alone, with the options that the stages were saved with.
+    """
+    clip, prior = self.parts["clip"], self.parts["prior"]
+    embed = jax.jit(clip.task.predict_fns()["embed"])
+    sample_prior = jax.jit(prior.task.predict_fns()["sample"])
+    key = jax.random.key(seed)
+    stages: dict[str, dict[str, Any]] = {
+      name: {} for name in self.parts if name != "clip"
+    }
+
+    def embed_fn(batch: Arrays) -> Arrays:
+      inputs = {
+        "image": batch["clip_image"],
+        "text_tokens": batch["text_tokens"],
+        "text_mask": batch["text_mask"],
+      }
+      return jax.device_get(embed(clip.variables, clip.frozen, inputs, key))
+
+    def prior_fn(batch: Arrays) -> Arrays:
+      inputs = {k: batch[k] for k in ("clip_image", "text_tokens", "text_mask")}
+      keys = _keys(key, jnp.asarray(batch["index"]))
+      return jax.device_get(
+        sample_prior(prior.variables, prior.frozen, inputs, keys)
+      )
+
+    def text_to_image(batch: Arrays) -> Arrays:
+      text = {k: batch[k] for k in ("text_tokens", "text_mask")}
+      images, _, _ = self._draw_all(
+        text, batch["index"], stages, seed=seed, batch_size=len(batch["index"])
+      )
+      return {"image": images * 2 - 1}
+
+    return {
+      "embed": embed_fn,
+      "prior": prior_fn,
+      "text_to_image": text_to_image,
+    }
+
+
+def _counter(
+  callback: Callable[[int, int], None], num_steps: int
+) -> Callable[[], None]:
+  """A function that calls `callback(1, n)`, `callback(2, n)`, ..."""
+  done = 0
+
+  def on_step() -> None:
+    nonlocal done
+    done += 1
+    callback(done, num_steps)
+
+  return on_step
+
+
+def _keys(key: jax.Array, indices: jax.Array) -> jax.Array:
+  """One key for each index, [N]."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def _fold_all(keys: jax.Array, data: int) -> jax.Array:
+  """`fold_in` of every key of [N]."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+  """A PIL picture from [H, W, 3] in [0, 1], rounded to bytes."""
+  return Image.fromarray(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
+def _assets(assets_dir: str | None) -> dict[str, str]:
+  if assets_dir is None or not os.path.isdir(assets_dir):
+    return {}
+  return {
+    name: os.path.join(assets_dir, name)
+    for name in sorted(os.listdir(assets_dir))
+    if name not in ("config.json", "model.safetensors")
+  }

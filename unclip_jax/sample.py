@@ -1,0 +1,111 @@
+"""Draw pictures from prompts with a trained model folder.
+
+  unclip sample --model runs/quickstart/model --prompt "a frog" --out out
+  unclip sample --model DIR --prompts prompts.txt --num_images 4 --out out
+
+Writes OUT/00000.png ... and OUT/samples.jsonl (a line for each picture).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from absl import flags
+
+from unclip_jax import pipelines
+from unclip_jax.utils import errors, programs, progress
+
+MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
+PROMPTS = flags.DEFINE_string("prompts", None, "UTF-8 file, a prompt a line.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures a prompt.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Picture i is drawn from (seed, i).")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at once.", 1)
+PRIOR_STEPS = flags.DEFINE_integer("prior_steps", None, "Steps.", 1)
+DECODER_STEPS = flags.DEFINE_integer("decoder_steps", None, "Steps.", 1)
+UPSAMPLER_STEPS = flags.DEFINE_integer("upsampler_steps", None, "Steps.", 1)
+PRIOR_GUIDANCE_SCALE = flags.DEFINE_float(
+  "prior_guidance_scale", None, "Of the prior; 1.0 is off."
+)
+GUIDANCE_SCALE = flags.DEFINE_float(
+  "guidance_scale", None, "Of the decoder; 1.0 is off."
+)
+SAMPLER = flags.DEFINE_enum(
+  "sampler", None, ["ddpm", "ddim"], "For all stages; default: each its own."
+)
+
+
+def read_prompts(path: str) -> list[str]:
+  """The lines of a UTF-8 file; empty lines are empty prompts.
+
+  Raises:
+    UserError: no such file, or it is not UTF-8.
+  """
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
+  except UnicodeDecodeError as e:
+    raise errors.UserError(
+      f"the prompt file '{path}' is not UTF-8 (byte {e.start}): save it so"
+    ) from e
+  except OSError as e:
+    raise errors.UserError(
+      f"the prompt file '{path}' cannot be read: {e.strerror}"
+    ) from e
+
+
+def main() -> None:
+  prompts = list(PROMPT.value)
+  if PROMPTS.value:
+    prompts += read_prompts(PROMPTS.value)
+  if not prompts:
+    raise errors.UserError("there is no prompt: give --prompt or --prompts")
+  pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
+  options = dict(
+    prior_steps=PRIOR_STEPS.value,
+    decoder_steps=DECODER_STEPS.value,
+    upsampler_steps=UPSAMPLER_STEPS.value,
+    prior_guidance_scale=PRIOR_GUIDANCE_SCALE.value,
+    guidance_scale=GUIDANCE_SCALE.value,
+    sampler=SAMPLER.value,
+  )
+  stages = [name for name in pipe.parts if name != "clip"]
+  done: dict[str, float] = dict.fromkeys(stages, 0.0)
+  num_images = len(prompts) * NUM_IMAGES.value
+  num_batches = -(-num_images // BATCH_SIZE.value)
+  with progress.Progress("drawing", num_batches * len(stages)) as bar:
+
+    def callback(stage: str, step: int, num_steps: int) -> None:
+      # A stage counts as one piece of work in each batch.
+      done[stage] = int(done[stage]) + step / num_steps
+      bar.update(sum(done.values()), note=f"{stage} {step}/{num_steps}")
+
+    output = pipe(
+      prompts,
+      num_images_per_prompt=NUM_IMAGES.value,
+      batch_size=BATCH_SIZE.value,
+      seed=SEED.value,
+      callback=callback,
+      **options,
+    )
+  out = pathlib.Path(OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  captions = [p for p in prompts for _ in range(NUM_IMAGES.value)]
+  with open(out / "samples.jsonl", "w", encoding="utf-8") as f:
+    for i, (image, prompt) in enumerate(zip(output.images, captions)):
+      image.save(out / f"{i:05d}.png")
+      row = {
+        "file": f"{i:05d}.png",
+        "prompt": prompt,
+        "seed": SEED.value,
+        "index": i,
+        "options": output.options,
+        "seconds": {k: round(v, 3) for k, v in output.seconds.items()},
+      }
+      f.write(json.dumps(row, ensure_ascii=False) + "\n")
+  print(f"{len(captions)} pictures and samples.jsonl are in {out}")
+
+
+if __name__ == "__main__":
+  programs.run(main)

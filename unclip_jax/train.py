@@ -1,0 +1,44 @@
+"""Train the model that a config describes; the same command resumes it.
+
+  unclip train --config configs/emoji/clip.py --workdir runs/clip
+  unclip train --config configs/emoji/clip.py:smoke --workdir /tmp/smoke
+  unclip train --config configs/emoji/clip.py --workdir runs/clip2 \
+    --config.optim.learning_rate=3e-4
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from unclip_jax import trainer
+from unclip_jax.utils import programs
+
+CONFIG = programs.config_flag()
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Run folder: checkpoints, metrics, pictures.", required=True
+)
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Print the parameters, mesh and memory, and exit."
+)
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+  "allow_config_change", False, "Resume although the stored config differs."
+)
+STRICT = flags.DEFINE_bool(
+  "strict", False, "Stop at a corrupt checkpoint, take no older one."
+)
+
+
+def main() -> None:
+  if DRY_RUN.value:
+    print(trainer.describe(CONFIG.value))
+    return
+  trainer.train(
+    CONFIG.value,
+    WORKDIR.value,
+    allow_config_change=ALLOW_CONFIG_CHANGE.value,
+    strict=STRICT.value,
+  )
+
+
+if __name__ == "__main__":
+  programs.run(main)

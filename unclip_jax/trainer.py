@@ -1,0 +1,601 @@
+"""The training loop, and the one step that it repeats.
+
+`train_step` is pure: `(state, frozen, batch, rng) -> (state, metrics)`. What
+is learned, and from what, is the task's business (tasks/base.py); nothing
+here names it. The order of a run is part of the design:
+
+  start   resume from the run folder, else `config.init_from`, else scratch
+  loop    step, log, evaluate, checkpoint, then advance the data
+
+Everything random is a function of `(config.seed, step)` and the data are a
+function of `step`, so a run that was killed and started again gives the same
+parameters, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from absl import logging
+
+from unclip_jax import checkpoints, optim, partitioning, upstream
+from unclip_jax.data import pipeline as data_pipeline
+from unclip_jax.tasks import base as tasks_base
+from unclip_jax.train_state import TrainState
+from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import errors, metric_writers, progress, trees
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[
+  [TrainState, tasks_base.Frozen, tasks_base.Batch, jax.Array],
+  tuple[TrainState, Metrics],
+]
+
+
+def init_state(
+  task: tasks_base.Task,
+  tx: optax.GradientTransformation,
+  rng: jax.Array,
+  batch: tasks_base.Batch,
+  frozen: tasks_base.Frozen,
+) -> TrainState:
+  """A fresh state; pure, so `jax.eval_shape` gives its shapes for nothing."""
+  variables = dict(task.init(rng, batch, frozen))
+  params = variables.pop("params")
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    model_state=variables,
+    opt_state=tx.init(params),
+    ema_params=jax.tree.map(
+      lambda x: jnp.array(x, jnp.float32, copy=True), params
+    ),
+  )
+
+
+def make_train_step(
+  task: tasks_base.Task,
+  tx: optax.GradientTransformation,
+  *,
+  ema_decay: float,
+  num_microbatches: int = 1,
+) -> TrainStep:
+  """The pure update `(state, frozen, batch, rng) -> (state, metrics)`.
+
+  Args:
+    ema_decay: of the moving average of parameters.
+    num_microbatches: parts of the batch whose gradients are averaged before
+      the one update; equal to one part for losses that are means over
+      examples.
+
+  Raises:
+    UserError: microbatches for a task whose examples depend on each other.
+  """
+  if num_microbatches > 1 and task.batch_coupled:
+    raise errors.UserError(
+      "config.num_microbatches must be 1 for this task: its loss couples the "
+      "examples of a batch, so parts of a batch have another loss"
+    )
+
+  def grads_of(
+    params: PyTree,
+    model_state: PyTree,
+    frozen: tasks_base.Frozen,
+    batch: tasks_base.Batch,
+    rng: jax.Array,
+    step: jax.Array,
+  ) -> tuple[PyTree, PyTree, Metrics]:
+    def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+      output = task.loss(
+        {"params": params, **model_state},
+        frozen,
+        batch,
+        rng,
+        step=step,
+        train=True,
+      )
+      metrics = jax.tree.map(jnp.mean, {**output.metrics, "loss": output.loss})
+      return jnp.mean(output.loss), (output.model_state, metrics)
+
+    grads, (model_state, metrics) = jax.grad(mean_loss, has_aux=True)(params)
+    return grads, model_state, metrics
+
+  def train_step(
+    state: TrainState,
+    frozen: tasks_base.Frozen,
+    batch: tasks_base.Batch,
+    rng: jax.Array,
+  ) -> tuple[TrainState, Metrics]:
+    rng = jax.random.fold_in(rng, state.step)
+    if num_microbatches == 1:
+      grads, model_state, metrics = grads_of(
+        state.params, state.model_state, frozen, batch, rng, state.step
+      )
+    else:
+      grads, model_state, metrics = _accumulate(
+        lambda model_state, part, part_rng: grads_of(
+          state.params, model_state, frozen, part, part_rng, state.step
+        ),
+        state.model_state,
+        _split_batch(batch, num_microbatches),
+        jax.random.split(rng, num_microbatches),
+      )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = optim.ema_update(
+      state.ema_params, params, ema_decay, state.step
+    )
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["nonfinite_updates"] = optim.num_nonfinite(opt_state)
+    new_state = TrainState(
+      state.step + 1, params, model_state, opt_state, ema_params
+    )
+    return new_state, metrics
+
+  return train_step
+
+
+def _split_batch(batch: tasks_base.Batch, n: int) -> tasks_base.Batch:
+  """[B, ...] -> [n, B / n, ...]; each part takes rows from every shard."""
+
+  def split(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
+
+  return jax.tree.map(split, batch)
+
+
+def _accumulate(
+  grads_of: Callable[..., tuple[PyTree, PyTree, Metrics]],
+  model_state: PyTree,
+  batches: tasks_base.Batch,
+  rngs: jax.Array,
+) -> tuple[PyTree, PyTree, Metrics]:
+  """Mean gradients and metrics over the leading axis of `batches`."""
+  n = rngs.shape[0]
+
+  def body(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
+    model_state, sums = carry
+    batch, rng = part
+    grads, model_state, metrics = grads_of(model_state, batch, rng)
+    return (model_state, jax.tree.map(jnp.add, sums, (grads, metrics))), None
+
+  first = jax.tree.map(lambda x: x[0], batches)
+  shapes = jax.eval_shape(grads_of, model_state, first, rngs[0])
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2])
+  )
+  (model_state, sums), _ = jax.lax.scan(
+    body, (model_state, zeros), (batches, rngs)
+  )
+  grads, metrics = jax.tree.map(lambda x: x / n, sums)
+  return grads, model_state, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a config describes, built, with no parameter allocated yet."""
+
+  config: ml_collections.ConfigDict
+  task: tasks_base.Task
+  tx: optax.GradientTransformation
+  learning_rate: Callable[[Any], Any]
+  data: data_pipeline.DataPipeline
+  mesh: jax.sharding.Mesh
+  frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
+
+
+def setup(config: ml_collections.ConfigDict) -> Setup:
+  """Builds everything that `config` names.
+
+  In the result's config, `frozen.NAME.fingerprint` is filled in: a run, and
+  whoever loads it, can tell whether it gets the upstream model that it was
+  trained with.
+
+  Raises:
+    UserError: the config is wrong, or an upstream folder is missing.
+  """
+  config = config.copy_and_resolve_references()
+  mesh = partitioning.make_mesh(config.mesh)
+  partitioning.check_batch_size(
+    config.batch_size, config.num_microbatches, mesh
+  )
+  models = upstream.load(config.frozen)
+  assets_dir = None
+  for name, model in models.items():
+    with config.unlocked():
+      config.frozen[name].fingerprint = model.fingerprint
+    assets_dir = model.assets_dir or assets_dir
+  tx, learning_rate = optim.make_optimizer(config.optim, config.num_steps)
+  return Setup(
+    config=config,
+    task=tasks_base.build(config, {k: m.task for k, m in models.items()}),
+    tx=tx,
+    learning_rate=learning_rate,
+    data=data_pipeline.DataPipeline.from_config(
+      config.data, seed=config.seed, assets_dir=assets_dir
+    ),
+    mesh=mesh,
+    frozen={
+      name: jax.device_put(model.variables, partitioning.replicated(mesh))
+      for name, model in models.items()
+    },
+  )
+
+
+def state_shapes(run: Setup, frozen: Mapping[str, PyTree]) -> TrainState:
+  """The state's shapes, dtypes and shardings; allocates nothing."""
+  shapes = jax.eval_shape(
+    lambda rng, batch, frozen: init_state(run.task, run.tx, rng, batch, frozen),
+    jax.random.key(0),
+    run.data.batch_spec(run.config.batch_size),
+    frozen,
+  )
+  shardings = partitioning.state_shardings(
+    shapes, run.config.sharding, run.mesh
+  )
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  allow_config_change: bool = False,
+  strict: bool = False,
+) -> TrainState:
+  """Trains until `config.num_steps`; resumes what the folder holds.
+
+  SIGTERM saves the current step and returns.
+
+  Args:
+    workdir: run folder; made if missing, locked while in use.
+    allow_config_change: resume although the stored config differs.
+    strict: stop at a corrupt checkpoint instead of taking the one before.
+
+  Raises:
+    UserError: a wrong config, a folder in use, a stored config that differs.
+  """
+  with checkpoints.workdir_lock(workdir), _Stop() as stop:
+    run = setup(config)
+    config = run.config
+    checkpoints.check_config(workdir, config, allow_change=allow_config_change)
+    checkpoints.save_config(workdir, config)
+    checkpoints.save_assets(workdir, run.data.assets())
+    checkpointer = checkpoints.Checkpointer(
+      os.path.join(workdir, "checkpoints"),
+      keep=config.checkpoint.keep,
+      strict=strict,
+    )
+    writer = metric_writers.create_writer(workdir)
+    try:
+      state, tables = _start(run, workdir, checkpointer)
+      writer.truncate_after(int(state.step))
+      frozen = {**run.frozen, **tables}
+      return _loop(run, state, frozen, tables, checkpointer, writer, stop)
+    finally:
+      checkpointer.close()
+      writer.close()
+
+
+def _start(
+  run: Setup, workdir: str, checkpointer: checkpoints.Checkpointer
+) -> tuple[TrainState, dict[str, PyTree]]:
+  """The newest whole checkpoint, else a fresh state and fresh tables."""
+  config = run.config
+  table_shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=partitioning.replicated(run.mesh)
+    ),
+    _table_shapes(run),
+  )
+  template = state_shapes(run, {**run.frozen, **table_shapes})
+  checkpointer.clean_incomplete()
+  restored = checkpointer.restore({"state": template, "tables": table_shapes})
+  if restored is not None:
+    step, tree = restored
+    logging.info("resuming %s at step %d", workdir, step)
+    return tree["state"], tree["tables"]
+
+  batches = run.data.eval_batches(
+    "train", config.eval_batch_size, config.prepare_examples
+  )
+  tables = jax.device_put(
+    run.task.prepare(run.frozen, batches), partitioning.replicated(run.mesh)
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, template)
+  batch = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), run.data.batch_spec(1)
+  )
+  init = jax.jit(
+    lambda rng, batch, frozen: init_state(run.task, run.tx, rng, batch, frozen),
+    out_shardings=shardings,
+  )
+  state = init(jax.random.key(config.seed), batch, {**run.frozen, **tables})
+  return state, tables
+
+
+def _table_shapes(run: Setup) -> dict[str, PyTree]:
+  """What `task.prepare` would give, as shapes."""
+  batch = run.data.batch_spec(run.config.eval_batch_size)
+  return jax.eval_shape(
+    lambda frozen, batch: run.task.prepare(frozen, [batch]), run.frozen, batch
+  )
+
+
+def _loop(
+  run: Setup,
+  state: TrainState,
+  frozen: Mapping[str, PyTree],
+  tables: Mapping[str, PyTree],
+  checkpointer: checkpoints.Checkpointer,
+  writer: metric_writers.MetricWriter,
+  stop: _Stop,
+) -> TrainState:
+  config = run.config
+  rng = jax.random.fold_in(jax.random.key(config.seed), 1)
+  train_step = jax.jit(
+    make_train_step(
+      run.task,
+      run.tx,
+      ema_decay=config.ema_decay,
+      num_microbatches=config.num_microbatches,
+    ),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda x: x.sharding, state),
+      partitioning.replicated(run.mesh),
+    ),
+  )
+  evals = build_evals(run)
+  start = step = int(state.step)
+  batches = run.data.train_batches(
+    step, config.batch_size, jax.process_index(), jax.process_count()
+  )
+  timer = _Timer(start)
+  pending: Metrics | None = None
+  with (
+    progress.Progress(config.name, config.num_steps, start=start) as bar,
+    contextlib.closing(batches),
+  ):
+    while step < config.num_steps and not stop.requested:
+      with timer.waiting():
+        batch = partitioning.to_global(next(batches), run.mesh)
+      state, metrics = train_step(state, frozen, batch, rng)
+      step += 1
+      # At most two steps are in flight: wait for the one before this one.
+      if pending is not None:
+        jax.block_until_ready(pending)
+      pending = metrics
+      last = step == config.num_steps or stop.requested
+
+      if step % config.log_every_steps == 0 or last:
+        values = {f"train/{k}": float(v) for k, v in metrics.items()}
+        _check_finite(values, config, step, checkpointer, state, tables)
+        values["train/learning_rate"] = float(run.learning_rate(step - 1))
+        values.update(timer.report(step, config.batch_size))
+        writer.write_scalars(step, values)
+        bar.update(step, note=f"loss {values['train/loss']:.4g}")
+      else:
+        bar.update(step)
+
+      for name, evaluate in evals.items():
+        if step % evaluate.every_steps == 0 or step == config.num_steps:
+          with timer.paused():
+            results = evaluate(state, frozen)
+            metric_writers.write_results(
+              writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
+            )
+
+      if step % config.checkpoint.every_steps == 0 or last:
+        with timer.paused():
+          checkpointer.save(step, {"state": state, "tables": tables})
+          writer.flush()
+  if stop.requested and step < config.num_steps:
+    logging.info("stopped at step %d; the same command goes on", step)
+  return state
+
+
+def _check_finite(
+  values: Mapping[str, float],
+  config: ml_collections.ConfigDict,
+  step: int,
+  checkpointer: checkpoints.Checkpointer,
+  state: TrainState,
+  tables: Mapping[str, PyTree],
+) -> None:
+  """Saves and stops a run of which too many updates were skipped."""
+  skipped = int(values["train/nonfinite_updates"])
+  if skipped > config.max_nonfinite_updates:
+    checkpointer.save(step, {"state": state, "tables": tables})
+    raise errors.UserError(
+      f"{skipped} updates had non-finite gradients and were skipped, more "
+      f"than config.max_nonfinite_updates {config.max_nonfinite_updates}: "
+      f"step {step} is saved; lower config.optim.learning_rate"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Eval:
+  """One entry of `config.evals`, ready to run on a state."""
+
+  evaluator: Any
+  predict: Callable[..., dict[str, jax.Array]]
+  batches: Any
+  info: Callable[[int], dict[str, Any]]
+  every_steps: int
+  use_ema: bool
+  rng: jax.Array
+  mesh: jax.sharding.Mesh
+
+  def __call__(
+    self, state: TrainState, frozen: Mapping[str, PyTree]
+  ) -> dict[str, Any]:
+    params = state.ema_params if self.use_ema else state.params
+    variables = {"params": params, **state.model_state}
+
+    def predict(batch: Mapping[str, Any]) -> dict[str, Any]:
+      placed = partitioning.to_global(batch, self.mesh)
+      return jax.device_get(self.predict(variables, frozen, placed, self.rng))
+
+    return dict(self.evaluator.run(predict, self.batches, self.info))
+
+
+def build_evals(run: Setup) -> dict[str, _Eval]:
+  """The evaluators of `config.evals`; equal predict functions are shared.
+
+  Raises:
+    UserError: an unknown evaluator, predict function or field.
+  """
+  config = run.config
+  predict_fns = run.task.predict_fns()
+  jitted: dict[str, Any] = {}
+  evals = {}
+  for name, spec in config.evals.items():
+    fields = dict(spec.items())
+    where = f"config.evals.{name}"
+    pred = fields.pop("pred")
+    if pred not in predict_fns:
+      raise errors.UserError(
+        f"{where}.pred '{pred}' is unknown"
+        + config_lib.suggest(pred, predict_fns)
+      )
+    jitted.setdefault(pred, jax.jit(predict_fns[pred]))
+    split = fields.pop("split", "validation")
+    batches = run.data.eval_batches(
+      split,
+      fields.pop("batch_size", config.eval_batch_size),
+      fields.pop("max_examples", None),
+    )
+    evals[name] = _Eval(
+      every_steps=fields.pop("every_steps", config.eval_every_steps),
+      use_ema=fields.pop("use_ema", True),
+      evaluator=config_lib.instantiate(fields.pop("type"), "Evaluator", fields),
+      predict=jitted[pred],
+      batches=batches,
+      info=lambda index, split=split: run.data.example_info(index, split),
+      rng=jax.random.key(config.seed),
+      mesh=run.mesh,
+    )
+  return evals
+
+
+class _Stop:
+  """A flag that SIGTERM raises; a second SIGTERM ends the process at once."""
+
+  def __init__(self) -> None:
+    self.requested = False
+
+  def __enter__(self) -> _Stop:
+    # Only the main thread may install handlers; a notebook cell may not be.
+    self._main = threading.current_thread() is threading.main_thread()
+    if self._main:
+      self._before = signal.signal(signal.SIGTERM, self._handle)
+    return self
+
+  def _handle(self, signum: int, frame: Any) -> None:
+    if self.requested:
+      os._exit(128 + signum)
+    self.requested = True
+
+  def __exit__(self, *error: Any) -> None:
+    if self._main:
+      signal.signal(signal.SIGTERM, self._before)
+
+
+class _Timer:
+  """Seconds a step, examples a second, and the share spent on waiting."""
+
+  def __init__(self, step: int) -> None:
+    self._step = step
+    self._since = time.monotonic()
+    self._wait = 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time inside as waiting for data."""
+    start = time.monotonic()
+    yield
+    self._wait += time.monotonic() - start
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out of the step's time."""
+    start = time.monotonic()
+    yield
+    self._since += time.monotonic() - start
+
+  def report(self, step: int, batch_size: int) -> dict[str, float]:
+    """Rates since the last report, and the process's peak memory."""
+    seconds = max(time.monotonic() - self._since, 1e-9)
+    steps = step - self._step
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    values = {
+      "timing/seconds_per_step": seconds / steps,
+      "timing/examples_per_second": steps * batch_size / seconds,
+      "timing/data_wait_share": self._wait / seconds,
+      "timing/peak_memory_gib": peak_kib / 2**20,
+    }
+    self._step, self._since, self._wait = step, time.monotonic(), 0.0
+    return values
+
+
+def describe(config: ml_collections.ConfigDict) -> str:
+  """The parameter table with its total, the mesh, and memory per device.
+
+  Makes no array but those of the frozen upstream models.
+  """
+  run = setup(config)
+  state = state_shapes(run, {**run.frozen, **_table_shapes(run)})
+  rows = [
+    (name, x.shape, str(x.dtype), x.size, str(x.sharding.spec))
+    for name, x in trees.flatten(state.params).items()
+  ]
+  wide = max(len(row[0]) for row in rows)
+  lines = [
+    f"{name:<{wide}}  {shape!s:<22}  {dtype:<9}{size:>13,}  {spec}"
+    for name, shape, dtype, size, spec in rows
+  ]
+  shards = [
+    (x.dtype.itemsize * _size(x.sharding.shard_shape(x.shape)), name)
+    for name, x in trees.flatten(state).items()
+  ]
+  frozen_bytes = sum(
+    x.dtype.itemsize * x.size for x in jax.tree.leaves(run.frozen)
+  )
+  mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+  mib = 2**20
+  return "\n".join(
+    lines
+    + [
+      "",
+      f"total: {sum(row[3] for row in rows):,} parameters",
+      f"mesh: {mesh} ({run.mesh.size} devices)",
+      f"memory per device: {sum(s for s, _ in shards) / mib:,.1f} MiB state "
+      f"(parameters, optimizer, moving average), {frozen_bytes / mib:,.1f} MiB "
+      "frozen upstream models; gradients and activations come on top",
+    ]
+  )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+  size = 1
+  for dim in shape:
+    size *= dim
+  return size
