@@ -55,6 +55,7 @@ EXTRAS_REQUIRE = {
     "hypothesis",
     "ipykernel",
     "jupytext",
+    "matplotlib",
     "nbmake",
     "packaging",
     "pre-commit",

@@ -43,18 +43,22 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
-def diffusion_evals(parts: tuple[str, ...]) -> dict[str, dict]:
+def diffusion_evals(parts: tuple[str, ...]) -> ml_collections.ConfigDict:
   """Held-out loss, and a grid of drawn pictures with the given columns."""
-  return dict(
-    loss=dict(type="unclip_jax.evaluators.mean", pred="loss", max_examples=256),
-    samples=dict(
-      type="unclip_jax.evaluators.sample_grid",
-      pred="sample",
-      split="train",
-      max_examples=16,
-      batch_size=16,
-      parts=parts,
-    ),
+  return ml_collections.ConfigDict(
+    dict(
+      loss=dict(
+        type="unclip_jax.evaluators.mean", pred="loss", max_examples=256
+      ),
+      samples=dict(
+        type="unclip_jax.evaluators.sample_grid",
+        pred="sample",
+        split="train",
+        max_examples=16,
+        batch_size=16,
+        parts=parts,
+      ),
+    )
   )
 
 

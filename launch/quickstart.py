@@ -77,6 +77,8 @@ def stage_report(folder: pathlib.Path) -> dict[str, float]:
 def draw_and_report(out: pathlib.Path) -> dict[str, Any]:
   """Measures the model, and writes report.json and samples.png."""
   # Here and not above: the commands before need neither jax nor its memory.
+  import numpy as np
+
   from unclip_jax import pipelines
   from unclip_jax.evaluators import report as report_lib
 
@@ -99,8 +101,10 @@ def draw_and_report(out: pathlib.Path) -> dict[str, Any]:
   chosen = [i * count // NUM_SAMPLES for i in range(NUM_SAMPLES)]
   prompts = [infos[i]["captions"][0] for i in chosen]
   output = pipe(prompts, output_type="np", batch_size=NUM_SAMPLES)
-  true = [data.picture(i, "train") for i in chosen]
-  samples_picture(prompts, output.images, true).save(out / "samples.png")
+  true = np.concatenate([b["image"] for b in data.eval_batches("train", 64)])
+  samples_picture(prompts, output.images, true[chosen] / 2 + 0.5).save(
+    out / "samples.png"
+  )
   return report
 
 

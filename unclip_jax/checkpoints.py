@@ -13,8 +13,8 @@ step before is used.
   WORKDIR/checkpoints/00000010/manifest.json
   WORKDIR/checkpoints/00000010.corrupt-1/  a step that was set aside
 
-Leaves have flat names: the keys of `flax.serialization.to_state_dict`, joined
-by ".", for example "state.params.vision.block_0.attn.query.kernel".
+Leaves have the flat names of `utils.trees`, for example
+"state.params.vision.block_0.attn.query.kernel".
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -48,6 +47,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import trees
 from unclip_jax.utils.errors import UserError
 
 PyTree = Any
@@ -64,68 +64,6 @@ _UNFINISHED = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 
 class _CorruptError(Exception):
   """What is damaged in a step folder; the message names leaf or file."""
-
-
-# --- Flat names ---------------------------------------------------------------
-
-
-def flatten(tree: PyTree) -> dict[str, Any]:
-  """Flat name -> leaf, in the tree's order; None and empty nodes vanish.
-
-  Optax states, flax dataclasses and lists are included, by field name and
-  position.
-  """
-  flat: dict[str, Any] = {}
-
-  def visit(name: str, node: Any) -> None:
-    if isinstance(node, Mapping):
-      for key, child in node.items():
-        visit(f"{name}.{key}" if name else str(key), child)
-    elif name in flat:
-      raise ValueError(f"two leaves have the flat name {name!r}")
-    elif node is not None:
-      flat[name] = node
-
-  visit("", flax.serialization.to_state_dict(tree))
-  return flat
-
-
-def unflatten_like(template: PyTree, flat: Mapping[str, Any]) -> PyTree:
-  """The inverse of `flatten`: the template with its leaves replaced.
-
-  Raises:
-    UserError: a leaf is missing or left over; the message names it.
-  """
-  rest = dict(flat)
-
-  def visit(name: str, node: Any) -> Any:
-    if isinstance(node, Mapping):
-      return {
-        key: visit(f"{name}.{key}" if name else str(key), child)
-        for key, child in node.items()
-      }
-    if node is None:
-      return None
-    if name not in rest:
-      raise UserError(f"the leaf {name!r} is missing")
-    return rest.pop(name)
-
-  state = visit("", flax.serialization.to_state_dict(template))
-  if rest:
-    raise UserError(f"the leaf {next(iter(rest))!r} has no place in the tree")
-  return flax.serialization.from_state_dict(template, state)
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{"a.b": x} -> {"a": {"b": x}}: the tree of names, without a template."""
-  tree: dict[str, Any] = {}
-  for name, leaf in flat.items():
-    *groups, last = name.split(".")
-    node = tree
-    for key in groups:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return tree
 
 
 # --- Checksums of leaves ------------------------------------------------------
@@ -357,7 +295,7 @@ class Checkpointer:
     # A host array may change as soon as we return, hence the copy.
     flat = {
       name: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
-      for name, leaf in flatten(tree).items()
+      for name, leaf in trees.flatten(tree).items()
     }
     folder = self._folder(step)
     if jax.process_index() == 0:
@@ -454,14 +392,16 @@ class Checkpointer:
         `strict` is on; or all steps are damaged.
     """
     self.wait()
-    expected = {n: _as_abstract(leaf) for n, leaf in flatten(template).items()}
+    expected = {
+      n: _as_abstract(leaf) for n, leaf in trees.flatten(template).items()
+    }
     for step in reversed(self.steps()):
       folder = self._folder(step)
       try:
         manifest = _agreed_manifest(folder)
         _check_fits(expected, manifest["leaves"], folder)
         flat = _load_verified(folder, manifest, expected)
-        return step, unflatten_like(template, flat)
+        return step, trees.unflatten_like(template, flat)
       except _CorruptError as e:
         if self._strict:
           raise UserError(f"the checkpoint {folder} is damaged: {e}") from e
@@ -706,11 +646,15 @@ def _damaged_leaf(
 def workdir_lock(workdir: PathLike) -> Iterator[None]:
   """Keeps a second run out of a workdir, on this machine.
 
-  The lock goes with the process, however that ends.
+  The lock goes with the process, however that ends. Of the processes of one
+  run, process 0 holds it.
 
   Raises:
     UserError: another run holds it; the message says which.
   """
+  if jax.process_index() != 0:
+    yield
+    return
   path = pathlib.Path(workdir) / ".lock"
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, "a+", encoding="utf-8") as f:
@@ -735,7 +679,9 @@ def workdir_lock(workdir: PathLike) -> Iterator[None]:
 
 
 def save_config(workdir: PathLike, config: ml_collections.ConfigDict) -> None:
-  """Writes WORKDIR/config.json."""
+  """Writes WORKDIR/config.json, on process 0."""
+  if jax.process_index() != 0:
+    return
   path = pathlib.Path(workdir) / _CONFIG
   path.parent.mkdir(parents=True, exist_ok=True)
   _write_atomically(path, config_lib.to_json(config))
@@ -810,8 +756,7 @@ class LoadedModel:
     config: that of the run that trained it.
     variables: {"params": ..., "batch_stats"...: ...}, nested dicts of numpy
       arrays.
-    tables: name -> array or dict of arrays (an EmbeddingSpace as its
-      `to_dict`).
+    tables: name -> array or dict of arrays.
     assets_dir: the folder that holds the tokenizer and other files.
     fingerprint: see `fingerprint`.
   """
@@ -829,7 +774,7 @@ def fingerprint(variables: Mapping[str, PyTree]) -> str:
   A run and the model folder saved from it have the same one.
   """
   digest = hashlib.sha256()
-  for name, leaf in sorted(flatten(variables["params"]).items()):
+  for name, leaf in sorted(trees.flatten(variables["params"]).items()):
     array = np.asarray(leaf)
     head = f"{name} {list(array.shape)} {array.dtype}\n"
     digest.update(head.encode())
@@ -850,7 +795,7 @@ def save_model(
     directory: is made where needed; files of the same names are replaced.
     config: that of the run.
     variables: {"params": ..., and other collections}.
-    tables: arrays, dicts of arrays or EmbeddingSpaces, by name.
+    tables: arrays or dicts of arrays, by name.
     assets: file name in the folder -> the file to copy.
 
   Raises:
@@ -861,7 +806,7 @@ def save_model(
     if not os.path.isfile(path):
       raise UserError(f"there is no file {path} for the asset {name!r}")
   folder.mkdir(parents=True, exist_ok=True)
-  flat = flatten({**variables, "tables": dict(tables)})
+  flat = trees.flatten({**variables, "tables": dict(tables)})
   arrays = {n: np.ascontiguousarray(np.asarray(v)) for n, v in flat.items()}
   # ascontiguousarray makes numbers one-dimensional.
   arrays = {n: v.reshape(np.shape(flat[n])) for n, v in arrays.items()}
@@ -897,7 +842,7 @@ def load_model(path: PathLike) -> LoadedModel:
       " checkpoints/ (a run)"
     )
   config = load_config(folder)
-  variables = nest(flat)
+  variables = trees.unflatten(flat)
   tables = variables.pop("tables", {})
   if "params" not in variables:
     raise UserError(f"the model in {path} has no parameters")

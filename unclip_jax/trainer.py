@@ -197,12 +197,17 @@ class Setup:
   frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
 
 
-def setup(config: ml_collections.ConfigDict) -> Setup:
+def setup(
+  config: ml_collections.ConfigDict, *, abstract: bool = False
+) -> Setup:
   """Builds everything that `config` names.
 
   In the result's config, `frozen.NAME.fingerprint` is filled in: a run, and
   whoever loads it, can tell whether it gets the upstream model that it was
   trained with.
+
+  Args:
+    abstract: give shapes in place of the upstream models' arrays.
 
   Raises:
     UserError: the config is wrong, or an upstream folder is missing.
@@ -212,7 +217,7 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
   partitioning.check_batch_size(
     config.batch_size, config.num_microbatches, mesh
   )
-  models = upstream.load(config.frozen)
+  models = upstream.load(config.frozen, abstract=abstract)
   assets_dir = None
   for name, model in models.items():
     with config.unlocked():
@@ -229,7 +234,9 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
     ),
     mesh=mesh,
     frozen={
-      name: jax.device_put(model.variables, partitioning.replicated(mesh))
+      name: model.variables
+      if abstract
+      else jax.device_put(model.variables, partitioning.replicated(mesh))
       for name, model in models.items()
     },
   )
@@ -559,9 +566,12 @@ class _Timer:
 def describe(config: ml_collections.ConfigDict) -> str:
   """The parameter table with its total, the mesh, and memory per device.
 
-  Makes no array but those of the frozen upstream models.
+  Makes no array.
+
+  Raises:
+    UserError: the config is wrong, or an upstream folder is missing.
   """
-  run = setup(config)
+  run = setup(config, abstract=True)
   state = state_shapes(run, {**run.frozen, **_table_shapes(run)})
   rows = [
     (name, x.shape, str(x.dtype), x.size, str(x.sharding.spec))

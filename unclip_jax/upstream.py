@@ -29,44 +29,50 @@ class Upstream(NamedTuple):
 
   task: tasks_base.Task
   variables: PyTree
-  fingerprint: str
+  fingerprint: str  # "" of shapes
   assets_dir: str | None
 
 
 def load(
-  frozen: Mapping[str, ml_collections.ConfigDict], *, beside: str = ""
+  frozen: Mapping[str, ml_collections.ConfigDict],
+  *,
+  beside: str = "",
+  abstract: bool = False,
 ) -> dict[str, Upstream]:
   """Loads every entry of `config.frozen`.
 
   Args:
     beside: folder that paths starting with ".." are relative to (a released
       model's parts lie beside each other).
+    abstract: give shapes in place of arrays; no weights are read.
 
   Raises:
     UserError: a folder is missing, or holds other weights than the run that
       is being loaded was trained with.
   """
-  return {name: _load_one(name, frozen[name], beside) for name in frozen}
+  return {
+    name: _load_one(name, frozen[name], beside, abstract) for name in frozen
+  }
 
 
 def _load_one(
-  name: str, spec: ml_collections.ConfigDict, beside: str
+  name: str, spec: ml_collections.ConfigDict, beside: str, abstract: bool
 ) -> Upstream:
   if spec.get("untrained"):
-    upstream = _untrained(spec.untrained)
-  else:
-    path = spec.path
-    if path.startswith(".."):
-      path = os.path.normpath(os.path.join(beside, path))
-    loaded = checkpoints.load_model(path)
-    upstream = Upstream(
-      tasks_base.build(loaded.config),
-      loaded.variables,
-      loaded.fingerprint,
-      loaded.assets_dir,
-    )
-  check_fingerprint(name, spec, upstream.fingerprint, spec.get("path", ""))
-  return upstream
+    return _fresh(spec.untrained, abstract)
+  path = spec.path
+  if path.startswith(".."):
+    path = os.path.normpath(os.path.join(beside, path))
+  if abstract:
+    return _fresh(checkpoints.load_config(path), abstract)
+  loaded = checkpoints.load_model(path)
+  check_fingerprint(name, spec, loaded.fingerprint, path)
+  return Upstream(
+    tasks_base.build(loaded.config),
+    loaded.variables,
+    loaded.fingerprint,
+    loaded.assets_dir,
+  )
 
 
 def check_fingerprint(
@@ -81,13 +87,16 @@ def check_fingerprint(
     )
 
 
-def _untrained(config: ml_collections.ConfigDict) -> Upstream:
+def _fresh(config: ml_collections.ConfigDict, abstract: bool) -> Upstream:
+  """The model of a config with fresh weights, or only with their shapes."""
   task = tasks_base.build(config)
   data = data_pipeline.DataPipeline.from_config(config.data, seed=config.seed)
-  batch = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), data.batch_spec(1)
-  )
-  variables = jax.jit(lambda rng, batch: task.init(rng, batch, {}))(
-    jax.random.key(config.seed), batch
+  spec = data.batch_spec(1)
+  init = jax.jit(lambda rng, batch: task.init(rng, batch, {}))
+  rng = jax.random.key(config.seed)
+  if abstract:
+    return Upstream(task, jax.eval_shape(init, rng, spec), "", None)
+  variables = init(
+    rng, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
   )
   return Upstream(task, variables, checkpoints.fingerprint(variables), None)

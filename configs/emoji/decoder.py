@@ -60,6 +60,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.ema_decay = 0.999
   config.optim.learning_rate = 3e-4
   config.evals = common.diffusion_evals(("true", "drawn"))
+  # Are pictures drawn from the true embedding nearest to the true picture?
+  config.evals.match = dict(
+    type="unclip_jax.evaluators.nearest_match",
+    pred="sample",
+    split="train",
+    max_examples=100,
+    batch_size=50,
+  )
 
   if arg.quick or arg.smoke:
     config.model.channels = 64

@@ -135,6 +135,11 @@ def test_output_depends_on_the_timestep(variables):
   assert np.all(difference.max(-1) > 1e-3)
 
 
+def test_every_position_has_its_own_embedding(variables):
+  _, gradients = _output_gradients(variables)
+  assert np.all(np.any(gradients["position"], axis=-1))
+
+
 @pytest.mark.parametrize(
   ("position", "depends_on"),
   [

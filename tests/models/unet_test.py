@@ -236,6 +236,16 @@ def test_dropped_conditions_have_zero_gradient_independently(variables):
   assert not np.any(null["null_image_embed"])
 
 
+def test_dropped_text_does_not_depend_on_its_length(variables):
+  dropped = {**CONDITIONS, "text_drop": np.ones(2, bool)}
+  longer = {**dropped, "text_mask": np.ones((2, 5), bool)}
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _encode_condition(variables, dropped),
+    _encode_condition(variables, longer),
+  )
+
+
 def test_text_reaches_both_the_timestep_and_the_context(variables):
   """The pooled state is that of the last real token, not of the last."""
   condition = MODEL.apply(

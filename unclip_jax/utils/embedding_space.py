@@ -49,7 +49,7 @@ def fit(kind: str, image_embeds: jax.Array, scale: float = 17.2) -> Table:
 
 
 def encode(table: Table, image_embed: jax.Array) -> jax.Array:
-  """[B, D] of the CLIP -> [B, D] float32 with about zero mean, unit variance."""
+  """[B, D] of the CLIP -> float32 [B, D], for "mean_std" standardised."""
   z = image_embed.astype(jnp.float32)
   norm = jnp.linalg.norm(z, axis=-1, keepdims=True)
   z = jnp.where(table["is_unit"], z / jnp.maximum(norm, 1e-8), z)
