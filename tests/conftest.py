@@ -54,6 +54,22 @@ def data_dir(
     yield path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+  """Programs that several tests and their child processes compile, once."""
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", str(base / "jax_cache"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "jax_cache"))
+    yield
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
   """Runs `python ARGS` from the repository's root and returns what it printed.

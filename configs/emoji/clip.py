@@ -70,13 +70,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.vision_num_heads = config.model.text_num_heads = 4
   if arg.quick:
     common.evaluate_on(config, "train")  # nothing is held out
-    config.num_steps = 600
+    config.num_steps = 320
     config.batch_size = 128
     config.ema_decay = 0.99
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 50
-    config.eval_every_steps = 600
-    config.checkpoint.every_steps = 300
+    config.eval_every_steps = 320
+    config.checkpoint.every_steps = 160
   if arg.smoke:
     config.model.vision_width = config.model.text_width = 16
     config.model.vision_depth = config.model.text_depth = 1

@@ -75,12 +75,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.depth = 4
   if arg.quick:
     common.evaluate_on(config, "train")  # nothing is held out
-    config.num_steps = 1200
-    config.batch_size = 128
+    config.num_steps = 400
+    config.batch_size = 64
     config.ema_decay = 0.99
     config.optim.learning_rate = 1e-3
-    config.eval_every_steps = 1200
-    config.checkpoint.every_steps = 600
+    config.eval_every_steps = 400
+    config.checkpoint.every_steps = 200
     config.frozen.clip.path = "runs/quickstart/clip"
   if arg.smoke:
     config.model.width = 16

@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model_name = "unclip_jax.models.unet"
   config.model = dict(
     image_size=64,
+    patch_size=1,
     out_channels=3,
     channels=64,
     channel_mult=(1, 2, 3),
@@ -52,20 +53,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.optim.learning_rate = 3e-4
   config.evals = common.diffusion_evals(("low_res", "true", "drawn"))
 
-  if arg.quick or arg.smoke:
-    config.model.channels = 32
-    config.model.num_res_blocks = 1
   if arg.quick:
+    config.model.patch_size = 2
+    config.model.channel_mult = (1, 2)
+    config.model.num_res_blocks = 1
+    config.task.process.prediction = "v"
     common.evaluate_on(config, "train")  # nothing is held out
-    config.num_steps = 700
+    config.num_steps = 450
     config.batch_size = 16
     config.ema_decay = 0.99
-    config.optim.learning_rate = 1e-3
-    config.eval_every_steps = 700
-    config.checkpoint.every_steps = 350
+    config.optim.learning_rate = 2e-3
+    config.eval_every_steps = 450
+    config.checkpoint.every_steps = 225
   if arg.smoke:
     config.model.channels = 16
     config.model.channel_mult = (1, 2)
+    config.model.num_res_blocks = 1
     config.task.sample_options.num_sample_steps = 2
     common.smoke(config)
   return config

@@ -296,7 +296,8 @@ def test_losses_of_a_perfect_network(shape, prediction):
   np.testing.assert_allclose(losses["vlb"][0], -math.log2(mass), rtol=1e-2)
 
 
-def test_bound_is_least_for_the_true_posterior(schedule):
+def test_bound_is_least_for_the_true_posterior():
+  schedule = schedules.make_schedule("cosine", T)
   timesteps = jnp.array([1, 3, 10, 30])  # later, the range is almost a point
   x_start, noise = _draw((4, 6))
   vlb = {}
@@ -327,7 +328,8 @@ def test_hybrid_loss_is_mse_plus_a_thousandth_of_the_bound():
   )
 
 
-def test_bound_trains_the_variance_channels_only(schedule):
+def test_bound_trains_the_variance_channels_only():
+  schedule = schedules.make_schedule("cosine", T)
   x_start, noise = _draw((7, 6))
   output = _normal((7, 12), seed=5)
 

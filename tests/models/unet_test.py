@@ -348,3 +348,28 @@ def test_user_mistakes():
     init(dataclasses.replace(MODEL, attention_resolutions=(4, 5)), **CONDITIONS)
   with pytest.raises(errors.UserError, match="head_channels 5"):
     init(dataclasses.replace(MODEL, head_channels=5), **CONDITIONS)
+
+
+def test_patches_are_squares_of_pixels():
+  """A network of patches is one of pixels on pictures turned into channels."""
+  fields = dict(
+    image_size=16,
+    out_channels=3,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+  )
+  model = unet.Model(**fields, patch_size=2)
+  twin = unet.Model(**{**fields, "image_size": 8, "out_channels": 12})
+  x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  t = jnp.array([3, 500])
+  # Channels of a patch in the order row, column, colour.
+  patches = x.reshape(2, 8, 2, 8, 2, 3).transpose(0, 1, 3, 2, 4, 5)
+  patches = patches.reshape(2, 8, 8, 12)
+  variables = random_variables.like(model.init, x, t)
+  out, _ = model.apply(variables, x, t)
+  expected, _ = twin.apply(variables, patches, t)
+  expected = expected.reshape(2, 8, 8, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5)
+  assert jnp.std(out) > 1e-3
+  assert jnp.allclose(out, expected.reshape(2, 16, 16, 3), atol=1e-5)

@@ -75,7 +75,7 @@ class Process:
     self,
     denoise_fn: DenoiseFn,
     shape: Sequence[int],
-    rng: jax.Array,
+    rng: jax.Array | None,
     *,
     sampler: str = "ddim",
     num_sample_steps: int = 50,
@@ -89,16 +89,18 @@ class Process:
     Args:
       denoise_fn: with `guidance_scale` other than 1 it takes and gives 2B
         rows, the conditional half first (guidance.classifier_free).
-      rng: one key, or one key per example, `[B]`.
+      rng: one key, or one key per example, `[B]`; None where `noise` is given.
       sampler: "ddim" or "ddpm".
       eta: DDIM's share of fresh noise; ignored by DDPM.
       noise: `[num_sample_steps + 1, *shape]` in place of every draw: entry 0
         is x_T, entry i the noise of step i.
       on_step: called on the host after every denoising step.
     """
-    x_rng, step_rng = split(rng)
-    x_T = samplers.draw_noise(x_rng, shape) if noise is None else noise[0]
-    step_noise = None if noise is None else noise[1:]
+    if noise is None:
+      x_rng, step_rng = split(rng)
+      x_T, step_noise = samplers.draw_noise(x_rng, shape), None
+    else:
+      x_T, step_noise, step_rng = noise[0], noise[1:], None
     if guidance_scale != 1.0:
       denoise_fn = guidance.classifier_free(
         denoise_fn, guidance_scale, learned_variance=self.learned_variance

@@ -17,7 +17,10 @@ picture, in one softmax. None of this depends on the timestep:
 Deviations from the sources: without attention_resolutions the middle has no
 attention either (as Karlo's upsamplers); dropped texts become one learned row
 at every position. Without attention the network is fully convolutional: it
-runs on any height and width that are multiples of 2^(levels - 1).
+runs on any height and width that are multiples of patch_size * 2^(levels - 1).
+With patch_size > 1 the network sees squares of pixels as channels (Hoogeboom et
+al. 2023, "simple diffusion", section 3.4): most of a U-Net's work on small
+machines is at the first level, for which that divides the pixels.
 
 Sizes (table 3): decoder 64: channels 512, mult 1,2,3,4, 3 ResBlocks, attention
 32,16,8; 64 -> 256: 320, 1,2,3,4, 3; 256 -> 1024: 192, 1,1,2,2,4,4, 2.
@@ -128,13 +131,14 @@ class Model(nn.Module):
     channels: of the first level.
     channel_mult: channels of each level, in `channels`.
     num_res_blocks: per level on the way down; one more on the way up.
-    attention_resolutions: levels with attention, by their height in pixels at
-      image_size; () = none, also not in the middle.
+    attention_resolutions: levels with attention, by their height at
+      image_size, in patches; () = none, also not in the middle.
     head_channels: size of an attention head.
     image_embed_dim: size of image_embed; None: not conditioned on it.
     num_image_embed_tokens: context tokens made of image_embed.
     text_width: size of the text states; None: not conditioned on text.
     context_width: size of the context tokens; None: of the timestep embedding.
+    patch_size: side of the squares of pixels that become one position.
     dropout: rate in the ResBlocks, when training.
     scale_shift_norm: see ResBlock.
     resblock_updown: resample in ResBlocks, not by lone convolutions.
@@ -153,6 +157,7 @@ class Model(nn.Module):
   num_image_embed_tokens: int = 4
   text_width: int | None = None
   context_width: int | None = None
+  patch_size: int = 1
   dropout: float = 0.0
   scale_shift_norm: bool = True
   resblock_updown: bool = True
@@ -185,7 +190,9 @@ class Model(nn.Module):
     self.norm_out = norms.GroupNorm(dtype=self.dtype)
     # Zero: a new network predicts 0.
     self.conv_out = resnet.conv3x3(
-      self.out_channels, kernel_init=nn.initializers.zeros, dtype=self.dtype
+      self.out_channels * self.patch_size**2,
+      kernel_init=nn.initializers.zeros,
+      dtype=self.dtype,
     )
 
   def __call__(
@@ -307,7 +314,8 @@ class Model(nn.Module):
     train: bool,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     B, H, W, _ = x_t.shape
-    multiple = 2 ** (len(self.channel_mult) - 1)
+    p = self.patch_size
+    multiple = p * 2 ** (len(self.channel_mult) - 1)
     if H % multiple or W % multiple:
       raise errors.UserError(
         f"a U-Net of {len(self.channel_mult)} levels takes heights and widths "
@@ -331,6 +339,7 @@ class Model(nn.Module):
       size = (B, H, W, low_res.shape[-1])
       low_res = jax.image.resize(low_res, size, "bilinear")
       x = jnp.concatenate([x, low_res.astype(self.dtype)], axis=-1)
+    x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
     x = self.conv_in(x)
     skips = [x]
     for level in self.down:
@@ -346,6 +355,7 @@ class Model(nn.Module):
           x = jnp.concatenate([x, skips.pop()], axis=-1)
         x = call(unit, x, emb, condition)
     x = self.conv_out(nn.silu(self.norm_out(x)))
+    x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
     return x.astype(jnp.float32), out
 
   def _units(self) -> Iterator[Unit]:
@@ -362,8 +372,7 @@ class Model(nn.Module):
     channels = self.channels * self.channel_mult[level]
     if attend is None:
       attend = (
-        resample is None
-        and self.image_size // 2**level in self.attention_resolutions
+        resample is None and self._height(level) in self.attention_resolutions
       )
     if attend and channels % self.head_channels:
       raise errors.UserError(
@@ -380,6 +389,10 @@ class Model(nn.Module):
       dropout=self.dropout,
       dtype=self.dtype,
     )
+
+  def _height(self, level: int) -> int:
+    """Of a level, in patches, at image_size."""
+    return self.image_size // self.patch_size // 2**level
 
   @property
   def _is_conditioned(self) -> bool:
@@ -407,7 +420,7 @@ class Model(nn.Module):
       self.text_ln = norms.LayerNorm(dtype=self.dtype)
 
   def _check_fields(self) -> None:
-    sizes = [self.image_size // 2**i for i in range(len(self.channel_mult))]
+    sizes = [self._height(i) for i in range(len(self.channel_mult))]
     unknown = set(self.attention_resolutions) - set(sizes)
     if unknown:
       raise errors.UserError(

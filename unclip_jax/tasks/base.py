@@ -8,7 +8,6 @@ the trainer calls the hooks of `Task` and knows nothing else.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -69,10 +68,14 @@ class Task(Protocol):
     variables: Variables,
     frozen: Frozen,
     batch: Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     **options: Any,
   ) -> dict[str, jax.Array]:
-    """Draws from the trained model, conditioned on `batch`; pure."""
+    """Draws from the trained model, conditioned on `batch`; pure.
+
+    `rng` is one key, one key per example, or None where `options` hold every
+    draw (`noise`).
+    """
 
   def predict_fns(self) -> dict[str, PredictFn]:
     """What evaluators may ask for, by name."""
@@ -92,7 +95,7 @@ def build(
     UserError: a module is missing, or a field is unknown to it.
   """
   model = config_lib.instantiate(config.model_name, "Model", config.model)
-  task = importlib.import_module(config.task_name).Task
+  task = config_lib.import_module(config.task_name).Task
   return config_lib.construct(
     task, config.task, where="config.task", model=model, upstream=upstream or {}
   )

@@ -127,7 +127,7 @@ class Task:
     variables: base.Variables,
     frozen: base.Frozen,
     batch: base.Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     *,
     guidance_scale: float = 1.0,
     num_sample_steps: int = 250,

@@ -131,7 +131,7 @@ class Task:
     variables: base.Variables,
     frozen: base.Frozen,
     batch: base.Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     *,
     guidance_scale: float = 1.0,
     num_candidates: int = 2,
@@ -156,7 +156,7 @@ class Task:
     condition = self._condition(frozen, batch)
     B, D = condition["text_embed"].shape
     n = num_candidates
-    if rng.ndim:  # one key per caption: one per candidate
+    if rng is not None and rng.ndim:  # a key per caption: one per candidate
       rng = jax.vmap(lambda key: jax.random.split(key, n))(rng).reshape(-1)
 
     cache = self._prefill(variables, condition, guidance_scale, n)

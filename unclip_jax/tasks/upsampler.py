@@ -90,7 +90,7 @@ class Task:
     variables: base.Variables,
     frozen: base.Frozen,
     batch: base.Batch,
-    rng: jax.Array,
+    rng: jax.Array | None,
     *,
     num_sample_steps: int = 27,
     sampler: str = "ddim",

@@ -1,0 +1,173 @@
+"""What the tasks promise beyond their networks and the diffusion maths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax import trainer
+from unclip_jax.tasks import clip as clip_task
+from unclip_jax.tasks import prior_diffusion
+from unclip_jax.utils import config as config_lib
+
+
+@pytest.fixture(scope="module", params=["prior", "decoder"])
+def run(request):
+  return _ready(request.param)
+
+
+def _ready(name):
+  """(task, variables with random values, frozen, batch) of a smoke config."""
+  run = trainer.setup(config_lib.load(f"configs/emoji/{name}.py:smoke"))
+  batches = run.data.eval_batches("train", 4, 8)
+  upstream = _random_like(run.frozen)
+  frozen = {**upstream, **run.task.prepare(upstream, batches)}
+  batch = next(iter(batches))
+  shapes = jax.eval_shape(run.task.init, jax.random.key(0), batch, frozen)
+  return run.task, _random_like(shapes), frozen, batch
+
+
+def _random_like(tree):
+  """No zero weights: a branch whose last layer is zero would hide itself."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), tree
+  )
+
+
+@pytest.fixture(scope="module")
+def prior():
+  return _ready("prior")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+  return _ready("decoder")
+
+
+def test_prior_keeps_the_candidate_nearest_to_the_text(prior):
+  task, variables, frozen, batch = prior
+  draw = lambda n, noise: task.sample(  # noqa: E731
+    variables, frozen, batch, None, num_candidates=n, num_sample_steps=2,
+    noise=noise,
+  )  # fmt: skip
+  D = task.model.embed_dim
+  B = len(batch["index"])
+  noise = np.random.default_rng(1).normal(size=(3, B, 3, D)).astype("f4")
+  singles = [draw(1, noise[:, :, i]) for i in range(3)]
+  best = draw(3, noise.reshape(3, B * 3, D))
+  unit = clip_task.normalize
+  scores = np.stack(
+    [np.sum(unit(s["image_embed"]) * s["text_embed"], -1) for s in singles]
+  )
+  assert len(set(np.argmax(scores, 0))) > 1  # the choice is a choice
+  for b, i in enumerate(np.argmax(scores, axis=0)):
+    np.testing.assert_allclose(
+      best["image_embed"][b], singles[i]["image_embed"][b], rtol=2e-3, atol=1e-4
+    )
+
+
+def test_guided_prior_is_guided_per_candidate(prior):
+  """The cache of 2 * B * n rows puts conditions and candidates in order."""
+  task, variables, frozen, batch = prior
+  D, B = task.model.embed_dim, len(batch["index"])
+  noise = np.random.default_rng(1).normal(size=(3, B * 2, D)).astype("f4")
+  options = dict(num_candidates=2, num_sample_steps=2, guidance_scale=3.0)
+  whole = task.sample(variables, frozen, batch, None, noise=noise, **options)
+  for b in range(B):
+    row = {k: v[b : b + 1] for k, v in batch.items()}
+    alone = task.sample(
+      variables, frozen, row, None, noise=noise[:, 2 * b : 2 * b + 2], **options
+    )
+    np.testing.assert_allclose(
+      alone["image_embed"][0], whole["image_embed"][b], rtol=2e-3, atol=1e-4
+    )
+
+
+def test_decoder_takes_given_embeddings_in_place_of_the_picture(decoder):
+  task, variables, frozen, batch = decoder
+  options = dict(num_sample_steps=2, guidance_scale=2.0, sampler="ddim")
+  rng = jax.random.key(0)
+  from_picture = task.sample(variables, frozen, batch, rng, **options)
+  embed = task.upstream["clip"].encode_image(
+    frozen["clip"], batch["clip_image"]
+  )
+  given = {k: batch[k] for k in ("text_tokens", "text_mask")}
+  given["image_embed"] = embed
+  from_embed = task.sample(variables, frozen, given, rng, **options)
+  np.testing.assert_allclose(
+    from_picture["image"], from_embed["image"], atol=1e-5
+  )
+  given["image_embed"] = embed[::-1]
+  other = task.sample(variables, frozen, given, rng, **options)
+  assert np.abs(other["image"] - from_embed["image"]).max() > 1e-3
+
+
+def test_dropped_conditions_do_not_reach_the_loss(run):
+  """With probability 1 the loss is the same for any caption and picture."""
+  import dataclasses
+
+  task, variables, frozen, batch = run
+  drops = {
+    f.name: 1.0
+    for f in dataclasses.fields(task)
+    if f.name.endswith("drop_prob")
+  }
+  dropped = dataclasses.replace(task, **drops)
+  other = dict(batch, text_tokens=batch["text_tokens"][::-1])
+  if "image_embed_drop_prob" in drops:
+    other["clip_image"] = batch["clip_image"][::-1]
+
+  def loss(task, batch, train=True):
+    output = task.loss(
+      variables, frozen, batch, jax.random.key(0), step=0, train=train
+    )
+    return np.asarray(output.loss)
+
+  np.testing.assert_array_equal(loss(dropped, batch), loss(dropped, other))
+  # And in evaluation nothing is dropped.
+  assert np.abs(loss(dropped, batch, False) - loss(dropped, other, False)).max()
+  np.testing.assert_array_equal(
+    loss(dropped, batch, False), loss(task, batch, False)
+  )
+
+
+def test_embedding_space_is_that_of_the_pictures(prior):
+  task, _, frozen, batch = prior
+  tables = prior_diffusion.fit_embedding_space(
+    "mean_std", task.upstream["clip"], frozen["clip"], [batch]
+  )
+  embeds = task.upstream["clip"].encode_image(
+    frozen["clip"], batch["clip_image"]
+  )
+  np.testing.assert_allclose(
+    tables["embedding_space"]["mean"], embeds.mean(0), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_clip_scale_is_clamped():
+  task, variables, frozen, batch = _ready("clip")
+  losses = []
+  for scale in (np.log(100.0), 20.0):
+    params = dict(variables["params"], logit_scale=jnp.float32(scale))
+    output = task.loss(
+      {"params": params}, frozen, batch, jax.random.key(0), step=0, train=True
+    )
+    assert output.metrics["logit_scale"] == pytest.approx(100, rel=1e-4)
+    losses.append(output.loss)
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_upsampler_draws_any_size():
+  task, variables, frozen, _ = _ready("upsampler")
+  for h, w in ((16, 16), (8, 12)):
+    low_res = jnp.zeros((2, h, w, 3))
+    image = task.sample(
+      variables,
+      frozen,
+      {"low_res": low_res},
+      jax.random.key(0),
+      num_sample_steps=2,
+    )["image"]
+    assert image.shape == (2, 4 * h, 4 * w, 3)
+    assert np.abs(image).max() <= 1
