@@ -15,6 +15,7 @@ PROGRAM = textwrap.dedent(
   import json, sys
   import jax
   import numpy as np
+  from tests import random_variables
   from unclip_jax import partitioning, trainer
   from unclip_jax.utils import config as config_lib, trees
 
@@ -27,9 +28,11 @@ PROGRAM = textwrap.dedent(
     config.optim.warmup_steps = 0
   assert len(jax.devices()) == int(np.prod(list(mesh.values())))
   run = trainer.setup(config)
-  tables = run.task.prepare(run.frozen, run.data.eval_batches("train", 8, 16))
+  # In a fresh CLIP every picture has the same embedding, up to rounding.
+  upstream = random_variables.like_tree(run.frozen)
+  tables = run.task.prepare(upstream, run.data.eval_batches("train", 8, 16))
   frozen = jax.device_put(
-    {**run.frozen, **tables}, partitioning.replicated(run.mesh)
+    {**upstream, **tables}, partitioning.replicated(run.mesh)
   )
   template = trainer.state_shapes(run, frozen)
   shardings = jax.tree.map(lambda x: x.sharding, template)

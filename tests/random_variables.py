@@ -24,7 +24,13 @@ def like(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   The networks start as the identity or as 0, where many laws hold trivially:
   here nothing is 0.
   """
-  shapes = jax.eval_shape(lambda: init(jax.random.key(0), *args, **kwargs))
+  return like_tree(
+    jax.eval_shape(lambda: init(jax.random.key(0), *args, **kwargs))
+  )
+
+
+def like_tree(tree: Any) -> Any:
+  """Variables of the shapes of others, arrays or shapes."""
   rng = np.random.default_rng(0)
 
   def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -34,7 +40,7 @@ def like(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
       x += 1
     return x.astype(leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+  return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def count(init: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

@@ -138,3 +138,40 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
     name: jax.make_array_from_process_local_data(sharding, rows)
     for name, rows in batch.items()
   }
+
+
+def overview(state: PyTree, frozen: PyTree, mesh: Mesh) -> str:
+  """A table of all parameters, then the total, the mesh, and the memory.
+
+  Args:
+    state: a train state of `ShapeDtypeStruct`s with shardings.
+    frozen: upstream variables, arrays or shapes, which lie on every device.
+  """
+  rows = [
+    (name, x.shape, str(x.dtype), x.size, str(x.sharding.spec))
+    for name, x in trees.flatten(state.params).items()
+  ]
+  wide = max(len(row[0]) for row in rows)
+  lines = [
+    f"{name:<{wide}}  {shape!s:<22}  {dtype:<9}{size:>13,}  {spec}"
+    for name, shape, dtype, size, spec in rows
+  ]
+  state_bytes = sum(
+    x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+    for x in jax.tree.leaves(state)
+  )
+  frozen_bytes = sum(
+    x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(frozen)
+  )
+  sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"total: {sum(row[3] for row in rows):,} parameters",
+      f"mesh: {sizes} ({mesh.size} devices)",
+      f"memory per device: {state_bytes / 2**20:,.1f} MiB state (parameters, "
+      f"optimizer, moving average), {frozen_bytes / 2**20:,.1f} MiB frozen "
+      "upstream models; gradients and activations come on top",
+    ]
+  )

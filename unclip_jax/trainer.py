@@ -35,7 +35,7 @@ from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.train_state import TrainState
 from unclip_jax.utils import config as config_lib
-from unclip_jax.utils import errors, metric_writers, progress, trees
+from unclip_jax.utils import errors, metric_writers, progress
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -313,6 +313,9 @@ def _start(
     _table_shapes(run),
   )
   template = state_shapes(run, {**run.frozen, **table_shapes})
+  _write_overview(
+    partitioning.overview(template, run.frozen, run.mesh), workdir
+  )
   checkpointer.clean_incomplete()
   restored = checkpointer.restore({"state": template, "tables": table_shapes})
   if restored is not None:
@@ -336,6 +339,16 @@ def _start(
   )
   state = init(jax.random.key(config.seed), batch, {**run.frozen, **tables})
   return state, tables
+
+
+def _write_overview(overview: str, workdir: str) -> None:
+  """The whole table to WORKDIR/parameters.txt, its last lines to the log."""
+  if jax.process_index() == 0:
+    path = os.path.join(workdir, "parameters.txt")
+    with open(path, "w", encoding="utf-8") as f:
+      f.write(overview + "\n")
+  for line in overview.rpartition("\n\n")[2].splitlines():
+    logging.info("%s", line)
 
 
 def _table_shapes(run: Setup) -> dict[str, PyTree]:
@@ -381,7 +394,8 @@ def _loop(
     progress.Progress(config.name, config.num_steps, start=start) as bar,
     contextlib.closing(batches),
   ):
-    while step < config.num_steps and not stop.requested:
+    stopping = False
+    while step < config.num_steps and not stopping:
       with timer.waiting():
         batch = partitioning.to_global(next(batches), run.mesh)
       state, metrics = train_step(state, frozen, batch, rng)
@@ -390,7 +404,9 @@ def _loop(
       if pending is not None:
         jax.block_until_ready(pending)
       pending = metrics
-      last = step == config.num_steps or stop.requested
+      # Asked once: a signal later in this step is for the next one.
+      stopping = stop.requested
+      last = step == config.num_steps or stopping
 
       if step % config.log_every_steps == 0 or last:
         values = {f"train/{k}": float(v) for k, v in metrics.items()}
@@ -414,7 +430,7 @@ def _loop(
         with timer.paused():
           checkpointer.save(step, {"state": state, "tables": tables})
           writer.flush()
-  if stop.requested and step < config.num_steps:
+  if step < config.num_steps:
     logging.info("stopped at step %d; the same command goes on", step)
   return state
 
@@ -573,39 +589,4 @@ def describe(config: ml_collections.ConfigDict) -> str:
   """
   run = setup(config, abstract=True)
   state = state_shapes(run, {**run.frozen, **_table_shapes(run)})
-  rows = [
-    (name, x.shape, str(x.dtype), x.size, str(x.sharding.spec))
-    for name, x in trees.flatten(state.params).items()
-  ]
-  wide = max(len(row[0]) for row in rows)
-  lines = [
-    f"{name:<{wide}}  {shape!s:<22}  {dtype:<9}{size:>13,}  {spec}"
-    for name, shape, dtype, size, spec in rows
-  ]
-  shards = [
-    (x.dtype.itemsize * _size(x.sharding.shard_shape(x.shape)), name)
-    for name, x in trees.flatten(state).items()
-  ]
-  frozen_bytes = sum(
-    x.dtype.itemsize * x.size for x in jax.tree.leaves(run.frozen)
-  )
-  mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-  mib = 2**20
-  return "\n".join(
-    lines
-    + [
-      "",
-      f"total: {sum(row[3] for row in rows):,} parameters",
-      f"mesh: {mesh} ({run.mesh.size} devices)",
-      f"memory per device: {sum(s for s, _ in shards) / mib:,.1f} MiB state "
-      f"(parameters, optimizer, moving average), {frozen_bytes / mib:,.1f} MiB "
-      "frozen upstream models; gradients and activations come on top",
-    ]
-  )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-  size = 1
-  for dim in shape:
-    size *= dim
-  return size
+  return partitioning.overview(state, run.frozen, run.mesh)

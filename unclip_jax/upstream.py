@@ -1,9 +1,9 @@
 """The frozen upstream models that a config names (`config.frozen`).
 
 Each entry is `dict(path=FOLDER)`, a run folder or a released part, whose own
-stored config gives its architecture; or `dict(untrained=CONFIG)`, a model
-with fresh weights, for smoke runs and for describing a config whose upstream
-is not trained yet.
+stored config gives its architecture. Where the path is empty, `untrained` is
+the config of a model with fresh weights, for smoke runs and for describing a
+config whose upstream is not trained yet.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def load(
 def _load_one(
   name: str, spec: ml_collections.ConfigDict, beside: str, abstract: bool
 ) -> Upstream:
-  if spec.get("untrained"):
+  path = spec.get("path")
+  if not path:
     return _fresh(spec.untrained, abstract)
-  path = spec.path
   if path.startswith(".."):
     path = os.path.normpath(os.path.join(beside, path))
   if abstract:

@@ -97,6 +97,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.head_channels = 8
     config.model.attention_resolutions = (8,)
     config.task.sample_options.num_sample_steps = 2
-    config.frozen.clip = dict(untrained=upstream)
+    config.frozen.clip = dict(path="", untrained=upstream)
     common.smoke(config)
   return config

@@ -87,6 +87,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.depth = 1
     config.model.num_heads = 2
     config.task.sample_options.num_sample_steps = 2
-    config.frozen.clip = dict(untrained=upstream)
+    config.frozen.clip = dict(path="", untrained=upstream)
     common.smoke(config)
   return config

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import random_variables
 from unclip_jax import trainer
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.tasks import prior_diffusion
@@ -20,19 +21,12 @@ def _ready(name):
   """(task, variables with random values, frozen, batch) of a smoke config."""
   run = trainer.setup(config_lib.load(f"configs/emoji/{name}.py:smoke"))
   batches = run.data.eval_batches("train", 4, 8)
-  upstream = _random_like(run.frozen)
+  # Random too: in a fresh CLIP every picture has the same embedding.
+  upstream = random_variables.like_tree(run.frozen)
   frozen = {**upstream, **run.task.prepare(upstream, batches)}
   batch = next(iter(batches))
   shapes = jax.eval_shape(run.task.init, jax.random.key(0), batch, frozen)
-  return run.task, _random_like(shapes), frozen, batch
-
-
-def _random_like(tree):
-  """No zero weights: a branch whose last layer is zero would hide itself."""
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), tree
-  )
+  return run.task, random_variables.like_tree(shapes), frozen, batch
 
 
 @pytest.fixture(scope="module")

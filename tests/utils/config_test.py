@@ -1,6 +1,7 @@
 """Configs: what a user may type, and what a file keeps."""
 
 import dataclasses
+import sys
 import textwrap
 
 import flax.linen as nn
@@ -37,7 +38,9 @@ def config():
 
 
 @pytest.fixture
-def config_file(tmp_path):
+def config_file(tmp_path, monkeypatch):
+  # `load` puts the root of this config on the path: not for other tests.
+  monkeypatch.setattr("sys.path", list(sys.path))
   folder = tmp_path / "configs" / "emoji"
   folder.mkdir(parents=True)
   path = folder / "clip.py"
