@@ -28,19 +28,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model = dict(
     image_size=32,
     patch_size=4,
-    vision_width=192,
-    vision_depth=6,
-    vision_num_heads=6,
+    vision_width=128,
+    vision_depth=4,
+    vision_num_heads=4,
     vocab_size=data.VOCAB_SIZE,
     context_length=data.CONTEXT_LENGTH,
-    text_width=192,
+    text_width=128,
     text_depth=4,
-    text_num_heads=6,
+    text_num_heads=4,
     embed_dim=128,
   )
 
   config.num_steps = 8000
-  config.batch_size = 256
+  config.batch_size = 128
   config.ema_decay = 0.999
   config.optim.learning_rate = 5e-4
   config.optim.weight_decay = 0.2  # as Radford et al. 2021
@@ -65,13 +65,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   if arg.quick or arg.smoke:
     config.model.patch_size = 8
-    config.model.vision_width = config.model.text_width = 128
-    config.model.vision_depth = config.model.text_depth = 3
-    config.model.vision_num_heads = config.model.text_num_heads = 4
   if arg.quick:
+    config.model.vision_depth = config.model.text_depth = 3
     common.evaluate_on(config, "train")  # nothing is held out
     config.num_steps = 320
-    config.batch_size = 128
     config.ema_decay = 0.99
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 50

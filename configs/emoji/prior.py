@@ -53,8 +53,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     dropout=0.0,
   )
 
-  config.num_steps = 20_000
-  config.batch_size = 256
+  config.num_steps = 6000
+  config.batch_size = 64
   config.ema_decay = 0.999
   config.optim.learning_rate = 3e-4
   config.optim.weight_decay = 0.06  # PAPER: Table 3 of Ramesh et al. 2022
@@ -76,7 +76,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.quick:
     common.evaluate_on(config, "train")  # nothing is held out
     config.num_steps = 400
-    config.batch_size = 64
     config.ema_decay = 0.99
     config.optim.learning_rate = 1e-3
     config.eval_every_steps = 400

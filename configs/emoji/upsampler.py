@@ -31,43 +31,40 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.task_name = "unclip_jax.tasks.upsampler"
   config.task = dict(
-    process=dict(schedule="cosine", prediction="eps"),
+    process=dict(schedule="cosine", prediction="v"),
     scale=4,
     sample_options=dict(sampler="ddim", num_sample_steps=27),
   )
   config.model_name = "unclip_jax.models.unet"
   config.model = dict(
     image_size=64,
-    patch_size=1,
+    patch_size=2,
     out_channels=3,
-    channels=64,
-    channel_mult=(1, 2, 3),
+    channels=96,
+    channel_mult=(1, 2),
     num_res_blocks=2,
     attention_resolutions=(),
     dropout=0.0,
   )
 
-  config.num_steps = 20_000
-  config.batch_size = 32
+  config.num_steps = 12_000
+  config.batch_size = 16
   config.ema_decay = 0.999
   config.optim.learning_rate = 3e-4
   config.evals = common.diffusion_evals(("low_res", "true", "drawn"))
 
   if arg.quick:
-    config.model.patch_size = 2
-    config.model.channel_mult = (1, 2)
+    config.model.channels = 64
     config.model.num_res_blocks = 1
-    config.task.process.prediction = "v"
     common.evaluate_on(config, "train")  # nothing is held out
     config.num_steps = 450
-    config.batch_size = 16
     config.ema_decay = 0.99
     config.optim.learning_rate = 2e-3
     config.eval_every_steps = 450
     config.checkpoint.every_steps = 225
   if arg.smoke:
+    config.model.patch_size = 1
     config.model.channels = 16
-    config.model.channel_mult = (1, 2)
     config.model.num_res_blocks = 1
     config.task.sample_options.num_sample_steps = 2
     common.smoke(config)

@@ -36,7 +36,16 @@ flags.disclaim_key_flags()
 
 _OVERRIDES = "config_override"
 # Libraries whose progress messages (below a warning) are not for our users.
-_NOISY = ("absl", "etils", "flax", "grain", "jax", "orbax", "tensorflow")
+_NOISY = (
+  "absl",
+  "etils",
+  "flax",
+  "grain",
+  "jax",
+  "orbax",
+  "tensorflow",
+  "tensorflow_datasets",
+)
 # How absl words a missing flag.
 _ABSL_REQUIRED = (
   r"flag --(\w+)=None: Flag --\1 must have a value other than None\."

@@ -31,6 +31,7 @@ class Progress:
     self._start = start
     self._every_seconds = every_seconds
     self._bar: rich.progress.Progress | None = None
+    self._note = ""
     self._begin = time.monotonic()
     self._last = self._begin
 
@@ -52,7 +53,8 @@ class Progress:
     return self
 
   def update(self, done: int, note: str = "") -> None:
-    """Says that `done` pieces (in all) are finished."""
+    """Says that `done` pieces (in all) are finished; a note stays."""
+    self._note = note = note or self._note
     if self._bar is not None:
       self._bar.update(self._task, completed=done, note=note)
       return
