@@ -75,7 +75,7 @@ def stage_report(folder: pathlib.Path) -> dict[str, float]:
 
 
 def draw_and_report(out: pathlib.Path) -> dict[str, Any]:
-  """Draws samples.png and true_and_drawn.png; returns what report.json holds."""
+  """Draws samples.png and true_and_drawn.png; returns the report."""
   # Here and not above: the commands before need neither jax nor its memory.
   import numpy as np
 
