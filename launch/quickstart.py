@@ -45,9 +45,9 @@ def run(command: list[str]) -> None:
     sys.exit(code)
 
 
-def train_commands(out: pathlib.Path, size: str) -> list[list[str]]:
-  """One `unclip train` for each stage, in order."""
-  commands = []
+def train_commands(out: pathlib.Path, size: str) -> dict[str, list[str]]:
+  """Stage -> its `unclip train`, in order."""
+  commands = {}
   for name, config in STAGES.items():
     command = [
       "unclip",
@@ -57,8 +57,16 @@ def train_commands(out: pathlib.Path, size: str) -> list[list[str]]:
     ]
     if name in ("prior", "decoder"):
       command.append(f"--config.frozen.clip.path={out / 'clip'}")
-    commands.append(command)
+    commands[name] = command
   return commands
+
+
+def check_finished(folder: pathlib.Path) -> None:
+  """Exits if a run was asked to stop early (SIGTERM), which is no failure."""
+  config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  last = f"{config['num_steps']:08d}"
+  if not (folder / "checkpoints" / last).exists():
+    sys.exit(f"{folder} was stopped before its last step: run this again")
 
 
 def stage_report(folder: pathlib.Path) -> dict[str, float]:
@@ -152,8 +160,9 @@ def main() -> None:
   # Compiled programs are kept, so that a second call starts quickly.
   cache = str((out / "jax_cache").resolve())
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-  for command in train_commands(out, SIZE.value):
+  for name, command in train_commands(out, SIZE.value).items():
     run(command)
+    check_finished(out / name)
   if not report_path.exists():
     run(["unclip", "convert", f"--src={out}", f"--out={out / 'model'}"])
     print("\ndrawing from captions and measuring", flush=True)

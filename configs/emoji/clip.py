@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     embed_dim=128,
   )
 
-  config.num_steps = 8000
+  config.num_steps = 3000
   config.batch_size = 128
   config.ema_decay = 0.999
   config.optim.learning_rate = 5e-4

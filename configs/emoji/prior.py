@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     dropout=0.0,
   )
 
-  config.num_steps = 6000
+  config.num_steps = 4000
   config.batch_size = 64
   config.ema_decay = 0.999
   config.optim.learning_rate = 3e-4
@@ -75,11 +75,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.depth = 4
   if arg.quick:
     common.evaluate_on(config, "train")  # nothing is held out
-    config.num_steps = 400
+    config.num_steps = 600
     config.ema_decay = 0.99
     config.optim.learning_rate = 1e-3
-    config.eval_every_steps = 400
-    config.checkpoint.every_steps = 200
+    config.eval_every_steps = 600
+    config.checkpoint.every_steps = 300
     config.frozen.clip.path = "runs/quickstart/clip"
   if arg.smoke:
     config.model.width = 16

@@ -25,6 +25,17 @@ def test_cosine_is_the_formula_until_the_bound_on_beta_acts():
   )
 
 
+def test_snr_scale_multiplies_every_signal_to_noise_ratio():
+  def snr(schedule):
+    return schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+
+  plain = schedules.make_schedule("cosine", 1000)
+  scaled = schedules.make_schedule("cosine", 1000, snr_scale=0.25)
+  np.testing.assert_allclose(snr(scaled), snr(plain) / 4, rtol=1e-9)
+  with pytest.raises(ValueError, match="snr_scale"):
+    schedules.make_schedule("cosine", 10, snr_scale=0.0)
+
+
 def test_linear_is_evenly_spaced_and_keeps_the_total_noise():
   schedule = schedules.make_schedule("linear", 1000)
   np.testing.assert_allclose(schedule.betas[[0, -1]], [1e-4, 0.02], rtol=1e-9)

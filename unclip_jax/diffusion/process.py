@@ -27,6 +27,7 @@ class Process:
   Attributes:
     schedule: "cosine" or "linear" (schedules.make_schedule).
     num_timesteps: T.
+    snr_scale: factor on the schedule's signal-to-noise ratios.
     prediction: what the network gives: "eps", "x_start" or "v".
     variance: "fixed_small", "fixed_large" or "learned_range".
     clip_x_start: bound on |x_start| while sampling; None leaves it free.
@@ -34,13 +35,16 @@ class Process:
 
   schedule: str = "cosine"
   num_timesteps: int = 1000
+  snr_scale: float = 1.0
   prediction: str = "eps"
   variance: str = "fixed_small"
   clip_x_start: float | None = None
 
   @functools.cached_property
   def noise_schedule(self) -> schedules.NoiseSchedule:
-    return schedules.make_schedule(self.schedule, self.num_timesteps)
+    return schedules.make_schedule(
+      self.schedule, self.num_timesteps, self.snr_scale
+    )
 
   @property
   def learned_variance(self) -> bool:

@@ -142,7 +142,9 @@ class NoiseSchedule:
     return NoiseSchedule(self.alphas_cumprod[kept], self.timestep_map[kept])
 
 
-def make_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
+def make_schedule(
+  name: str, num_timesteps: int = 1000, snr_scale: float = 1.0
+) -> NoiseSchedule:
   """A named schedule.
 
   Args:
@@ -152,12 +154,18 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
       Nichol & Dhariwal's released code).
     num_timesteps: T. Every beta is held below `MAX_BETA`, which for "linear"
       matters only when T is about 20 or less.
+    snr_scale: factor on the signal-to-noise ratio of every timestep; below 1
+      training and sampling spend more of their steps where the noise hides
+      the detail (Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1: their
+      shift is log snr_scale).
 
   Raises:
-    ValueError: an unknown name, or T < 1.
+    ValueError: an unknown name, T < 1, or snr_scale <= 0.
   """
   if num_timesteps < 1:
     raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+  if snr_scale <= 0:
+    raise ValueError(f"snr_scale must be positive, got {snr_scale}")
   if name == "cosine":
     time = np.arange(num_timesteps + 1) / num_timesteps
     level = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -169,7 +177,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
     raise ValueError(
       f"unknown noise schedule {name!r}: use 'cosine' or 'linear'"
     )
-  return NoiseSchedule.from_betas(np.minimum(betas, MAX_BETA))
+  schedule = NoiseSchedule.from_betas(np.minimum(betas, MAX_BETA))
+  if snr_scale == 1.0:
+    return schedule
+  snr = snr_scale * schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+  return NoiseSchedule(snr / (1.0 + snr), schedule.timestep_map)
 
 
 def step_placement(
