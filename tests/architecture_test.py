@@ -43,7 +43,8 @@ ALLOWED["inference"] = {
   *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils")
 }
 ALLOWED["interop"] = ALLOWED["inference"]
-ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["manipulations"] = {"data", "utils"}
+ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
 
 # Each may import anything; nobody imports them.
 PROGRAMS = {

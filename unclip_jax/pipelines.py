@@ -13,31 +13,24 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from unclip_jax import __version__, checkpoints, inference
+from unclip_jax import __version__, checkpoints, inference, manipulations
 from unclip_jax.data import pipeline as data_pipeline
-from unclip_jax.data import tokenizers
+from unclip_jax.data import preprocess, tokenizers
+from unclip_jax.diffusion import samplers
 from unclip_jax.utils import errors
 
 INDEX = "model_index.json"
+to_pil = preprocess.to_pil
+PipelineOutput = manipulations.PipelineOutput
 Callback = Callable[[str, int, int], None]
 Arrays = Mapping[str, np.ndarray]
 Predict = Callable[[Arrays], Arrays]
-
-
-class PipelineOutput(NamedTuple):
-  """What a call of the pipeline gives."""
-
-  images: Any  # list of PIL pictures, or float32 [N, H, W, 3] in [0, 1]
-  image_embeds: np.ndarray  # [N, D], the prior's draws in the CLIP's own space
-  options: dict[str, dict[str, Any]]  # what each stage was drawn with
-  seconds: dict[str, float]  # wall time of each stage
 
 
 class UnCLIPPipeline:
@@ -118,16 +111,27 @@ class UnCLIPPipeline:
       json.dump(index, f, indent=2)
 
   @property
+  def _stages(self) -> list[str]:
+    """What draws, in its order: the prior, the decoder, the upsamplers."""
+    return [name for name in self.parts if name != "clip"]
+
+  @property
   def upsamplers(self) -> list[str]:
     return [name for name in self.parts if name.startswith("upsampler")]
 
   @property
   def image_size(self) -> int:
     """Pixels of a side of the final pictures."""
+    return list(self.sizes().values())[-1]
+
+  def sizes(self) -> dict[str, int]:
+    """Stage -> pixels of a side of the pictures that it draws."""
     size = self.parts["decoder"].task.model.image_size
+    sizes = {"decoder": size}
     for name in self.upsamplers:
       size *= self.parts[name].task.scale
-    return size
+      sizes[name] = size
+    return sizes
 
   def data(self) -> data_pipeline.DataPipeline:
     """What the decoder was trained on, with pictures of the final size."""
@@ -147,6 +151,55 @@ class UnCLIPPipeline:
     length = self.parts["clip"].config.model.context_length
     text_tokens, text_mask = self.tokenizer.encode(list(captions), length)
     return {"text_tokens": text_tokens, "text_mask": text_mask}
+
+  def encode_image(self, images: np.ndarray) -> np.ndarray:
+    """`image_embed` [N, D] of pictures [N, S, S, 3] in the CLIP's size."""
+    clip = self.parts["clip"]
+    encode = self.jitted(
+      "encode_image", lambda: jax.jit(clip.task.encode_image)
+    )
+    return np.asarray(encode(clip.variables, images))
+
+  def encode_text(self, text: Mapping[str, np.ndarray]) -> np.ndarray:
+    """`text_embed` [N, D] of what `tokenize` returned."""
+    clip = self.parts["clip"]
+    encode = self.jitted("encode_text", lambda: jax.jit(clip.task.encode_text))
+    text_embed, _ = encode(
+      clip.variables, text["text_tokens"], text["text_mask"]
+    )
+    return np.asarray(text_embed)
+
+  def train_image_embeds(self, num_examples: int) -> np.ndarray:
+    """`image_embed` [N, D] of the first training pictures."""
+    batches = self.data().eval_batches("train", 64, num_examples)
+    return np.concatenate(
+      [
+        self.encode_image(batch["clip_image"])[batch["mask"]]
+        for batch in batches
+      ]
+    )
+
+  # The paper's manipulations, and the editing that users expect.
+  encode = manipulations.encode
+  decode = manipulations.decode
+  reconstruct = manipulations.reconstruct
+  variations = manipulations.variations
+  interpolate = manipulations.interpolate
+  text_diff = manipulations.text_diff
+  pca_reconstructions = manipulations.pca_reconstructions
+  typographic_attack = manipulations.typographic_attack
+  three_decodings = manipulations.three_decodings
+  image_to_image = manipulations.image_to_image
+  inpaint = manipulations.inpaint
+  outpaint = manipulations.outpaint
+
+  def jitted(
+    self, key: Any, make: Callable[[], Callable[..., Any]]
+  ) -> Callable[..., Any]:
+    """The jitted function that `make` gave when it was first asked for."""
+    if key not in self._jitted:
+      self._jitted[key] = make()
+    return self._jitted[key]
 
   def __call__(
     self,
@@ -175,7 +228,7 @@ class UnCLIPPipeline:
       prior_steps, decoder_steps, upsampler_steps: denoising steps.
       prior_guidance_scale, guidance_scale: of the prior and of the decoder;
         1.0 is off.
-      sampler: "ddpm" or "ddim", for all stages.
+      sampler: a name in diffusion.samplers.SAMPLERS, for all stages.
       noise: in place of every draw: stage name -> `[num_sample_steps + 1, N,
         ...]`, entry 0 is x_T, entry i the noise of step i. The prior's N
         counts its candidates.
@@ -204,12 +257,11 @@ class UnCLIPPipeline:
       },
     }
     options = {
-      name: self._options(name, {**stage, "sampler": sampler})
+      name: self.options(name, {**stage, "sampler": sampler})
       for name, stage in given.items()
     }
-    images, image_embeds, seconds = self._draw_all(
+    output = self.draw(
       self.tokenize(captions),
-      np.arange(len(captions)),
       options,
       seed=seed,
       batch_size=batch_size,
@@ -217,32 +269,41 @@ class UnCLIPPipeline:
       callback=callback,
     )
     if output_type == "pil":
-      images = [to_pil(image) for image in images]
-    return PipelineOutput(images, image_embeds, options, seconds)
+      output = output._replace(images=[to_pil(x) for x in output.images])
+    return output
 
-  def _draw_all(
+  def draw(
     self,
-    text: Mapping[str, np.ndarray],
-    indices: np.ndarray,
+    batch: Mapping[str, np.ndarray],
     options: Mapping[str, Mapping[str, Any]],
     *,
-    seed: int,
-    batch_size: int,
+    arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    indices: np.ndarray | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
     noise: Mapping[str, jax.Array] | None = None,
     callback: Callback | None = None,
-  ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Runs N tokenised captions through all stages, batch by batch.
+  ) -> PipelineOutput:
+    """Runs stages one after another on N rows: what every method ends in.
 
     Args:
-      text: `text_tokens`, `text_mask` [N, L].
-      indices: [N] int; picture i is a function of (seed, indices[i]).
-      options: stage -> options of its `sample`, None for the stage's own.
+      batch: `text_tokens`, `text_mask` [N, L] and, where the prior is not
+        among the stages, `image_embed` [N, D].
+      options: the stages to run, in their order -> options of their `sample`;
+        None for the stage's own.
+      arrays: stage -> options of its `sample` that are arrays, a row for each
+        of N: `x_T`, `init`, `known`, `is_known`.
+      indices: [N] int; picture i is a function of (seed, indices[i]). None:
+        0 to N - 1.
+      seed, batch_size, noise, callback: as in `__call__`.
 
     Returns:
-      Pictures [N, H, W, 3] in [0, 1], image embeddings [N, D], and the
-      seconds of each stage.
+      `images` are float32 [N, H, W, 3] in [0, 1].
     """
-    N = len(indices)
+    arrays = arrays or {}
+    N = len(batch["text_tokens"])
+    indices = np.arange(N) if indices is None else indices
+    options = {name: self.options(name, options[name]) for name in options}
     batch_size = min(batch_size, N)
     seconds = dict.fromkeys(options, 0.0)
     images, image_embeds = [], []
@@ -250,27 +311,33 @@ class UnCLIPPipeline:
       # The last batch is filled up with rows that are thrown away, so that
       # nothing compiles a second time.
       rows = np.minimum(np.arange(first, first + batch_size), N - 1)
-      batch: dict[str, Any] = {k: v[rows] for k, v in text.items()}
+      inputs: dict[str, Any] = {k: v[rows] for k, v in batch.items()}
       keys = _keys(jax.random.key(seed), jnp.asarray(indices[rows]))
-      for number, name in enumerate(options):
+      for name in options:
         start = time.monotonic()
         output = self._run(
           name,
-          batch,
-          _fold_all(keys, number),
+          inputs,
+          _fold_all(keys, self._stages.index(name)),
           options[name],
+          {k: v[rows] for k, v in arrays.get(name, {}).items()},
           self._noise_rows(noise, name, rows),
           callback,
         )
         output = jax.block_until_ready(output)
         seconds[name] += time.monotonic() - start
         if name == "prior":
-          batch["image_embed"] = output["image_embed"]
+          inputs["image_embed"] = output["image_embed"]
         else:
-          batch["low_res"] = output["image"]
-      images.append(np.asarray(batch["low_res"]) / 2 + 0.5)
-      image_embeds.append(np.asarray(batch["image_embed"]))
-    return np.concatenate(images)[:N], np.concatenate(image_embeds)[:N], seconds
+          inputs["low_res"] = output["image"]
+      images.append(np.asarray(inputs["low_res"]) / 2 + 0.5)
+      image_embeds.append(np.asarray(inputs["image_embed"]))
+    return PipelineOutput(
+      np.concatenate(images)[:N],
+      np.concatenate(image_embeds)[:N],
+      options,
+      seconds,
+    )
 
   def _noise_rows(
     self, noise: Mapping[str, jax.Array] | None, name: str, rows: np.ndarray
@@ -284,51 +351,67 @@ class UnCLIPPipeline:
       )
     copies = 1
     if name == "prior":
-      copies = self._options(name, {})["num_candidates"]
+      copies = self.options(name, {})["num_candidates"]
     rows = (rows[:, None] * copies + np.arange(copies)).ravel()
     return jnp.asarray(noise[name])[:, rows]
 
-  def _options(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+  def options(
+    self, name: str, given: Mapping[str, Any] | None = None
+  ) -> dict[str, Any]:
     """A stage's own options with those put in that are not None."""
     own = self.parts[name].task.sample_options
-    return {**own, **{k: v for k, v in given.items() if v is not None}}
+    given = {k: v for k, v in (given or {}).items() if v is not None}
+    return {**own, **given}
 
   def _run(
     self,
     name: str,
     batch: Mapping[str, Any],
     keys: jax.Array,
-    options: Mapping[str, Any],
+    static: Mapping[str, Any],
+    arrays: Mapping[str, Any],
     noise: jax.Array | None,
     callback: Callback | None,
   ) -> dict[str, jax.Array]:
     """One stage; its jitted function is kept by the options given."""
     part = self.parts[name]
-    static = self._options(name, options)
     cache_key = (name, callback is not None, tuple(sorted(static.items())))
     if cache_key not in self._jitted:
       # A stable trampoline: another callback does not compile again.
       on_step = (lambda: self._on_step()) if callback is not None else None
 
       def sample(
-        variables: Any, frozen: Any, batch: Any, keys: Any, noise: Any
+        variables: Any,
+        frozen: Any,
+        batch: Any,
+        keys: Any,
+        noise: Any,
+        arrays: Any,
       ) -> dict[str, jax.Array]:
         return part.task.sample(
-          variables, frozen, batch, keys, noise=noise, on_step=on_step, **static
+          variables,
+          frozen,
+          batch,
+          keys,
+          noise=noise,
+          on_step=on_step,
+          **arrays,
+          **static,
         )
 
       self._jitted[cache_key] = jax.jit(sample)
     if callback is not None:
-      self._on_step = _counter(
-        functools.partial(callback, name), static["num_sample_steps"]
+      num_calls = samplers.num_network_calls(
+        static["sampler"], static["num_sample_steps"]
       )
+      self._on_step = _counter(functools.partial(callback, name), num_calls)
     names = {
       "prior": ("text_tokens", "text_mask"),
       "decoder": ("text_tokens", "text_mask", "image_embed"),
     }.get(name, ("low_res",))
     inputs = {k: batch[k] for k in names}
     return self._jitted[cache_key](
-      part.variables, part.frozen, inputs, keys, noise
+      part.variables, part.frozen, inputs, keys, noise, arrays
     )
 
   def predict_fns(self, seed: int = 0) -> dict[str, Predict]:
@@ -342,9 +425,7 @@ class UnCLIPPipeline:
     embed = jax.jit(clip.task.predict_fns()["embed"])
     sample_prior = jax.jit(prior.task.predict_fns()["sample"])
     key = jax.random.key(seed)
-    stages: dict[str, dict[str, Any]] = {
-      name: {} for name in self.parts if name != "clip"
-    }
+    stages: dict[str, dict[str, Any]] = {name: {} for name in self._stages}
 
     def embed_fn(batch: Arrays) -> Arrays:
       inputs = {
@@ -363,10 +444,14 @@ class UnCLIPPipeline:
 
     def text_to_image(batch: Arrays) -> Arrays:
       text = {k: batch[k] for k in ("text_tokens", "text_mask")}
-      images, _, _ = self._draw_all(
-        text, batch["index"], stages, seed=seed, batch_size=len(batch["index"])
+      output = self.draw(
+        text,
+        stages,
+        indices=batch["index"],
+        seed=seed,
+        batch_size=len(batch["index"]),
       )
-      return {"image": images * 2 - 1}
+      return {"image": output.images * 2 - 1}
 
     return {
       "embed": embed_fn,
@@ -397,11 +482,6 @@ def _keys(key: jax.Array, indices: jax.Array) -> jax.Array:
 def _fold_all(keys: jax.Array, data: int) -> jax.Array:
   """`fold_in` of every key of [N]."""
   return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
-
-
-def to_pil(image: np.ndarray) -> Image.Image:
-  """A PIL picture from [H, W, 3] in [0, 1], rounded to bytes."""
-  return Image.fromarray(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
 def _assets(assets_dir: str | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pathlib
 from absl import flags
 
 from unclip_jax import pipelines
+from unclip_jax.diffusion import samplers
 from unclip_jax.utils import errors, programs, progress
 
 MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
@@ -33,7 +34,7 @@ GUIDANCE_SCALE = flags.DEFINE_float(
   "guidance_scale", None, "Of the decoder; 1.0 is off."
 )
 SAMPLER = flags.DEFINE_enum(
-  "sampler", None, ["ddpm", "ddim"], "For all stages; default: each its own."
+  "sampler", None, list(samplers.SAMPLERS), "For all stages; default: its own."
 )
 
 

@@ -118,3 +118,62 @@ def test_guided_samples_of_two_gaussians_are_extrapolated(prediction):
   )
   direct = sample(lambda x_t, timesteps: optimum(x_t, timesteps, 2.2))
   np.testing.assert_allclose(sample(denoise), direct, atol=3e-3)
+
+
+def _denoise_3b(x_t, timesteps):
+  rows = zip(jnp.split(x_t, 3), jnp.split(timesteps, 3))
+  return jnp.concatenate([_half(x, t, i) for i, (x, t) in enumerate(rows)])
+
+
+def test_two_conditions_with_equal_scales_are_one():
+  x_t = _normal((3, 4))
+  both, first, none = (
+    jnp.split(_half(x_t, TIMESTEPS, i), 2, axis=-1)[0] for i in range(3)
+  )
+  for first_scale, second_scale in ((3.0, 3.0), (2.0, 0.0), (1.0, 4.0)):
+    output = guidance.two_conditions(
+      _denoise_3b, first_scale, second_scale, learned_variance=True
+    )(x_t, TIMESTEPS)
+    expected = (
+      none + first_scale * (first - none) + second_scale * (both - first)
+    )
+    np.testing.assert_allclose(output[:, :4], expected, atol=1e-5)
+    variance = jnp.split(_half(x_t, TIMESTEPS, 0), 2, axis=-1)[1]
+    np.testing.assert_allclose(output[:, 4:], variance, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_interval_turns_guidance_off_row_by_row(shape):
+  x_t = _normal(shape)
+  options = dict(learned_variance=False)
+  guided = guidance.classifier_free(_denoise_2b, 3.0, **options)
+  inside = guidance.classifier_free(
+    _denoise_2b, 3.0, interval=(10, 50), **options
+  )
+  expected = jnp.stack(  # TIMESTEPS are 5, 90, 20
+    [
+      _half(x_t, TIMESTEPS, 1.0)[0],
+      _half(x_t, TIMESTEPS, 1.0)[1],
+      guided(x_t, TIMESTEPS)[2],
+    ]
+  )
+  np.testing.assert_allclose(inside(x_t, TIMESTEPS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rescale_1_has_the_conditional_standard_deviation(shape):
+  x_t = _normal(shape)
+  options = dict(learned_variance=False)
+  guided = guidance.classifier_free(_denoise_2b, 5.0, **options)(x_t, TIMESTEPS)
+  full, half = (
+    guidance.classifier_free(_denoise_2b, 5.0, rescale=phi, **options)(
+      x_t, TIMESTEPS
+    )
+    for phi in (1.0, 0.5)
+  )
+  axes = tuple(range(1, len(shape)))
+  cond = _half(x_t, TIMESTEPS, 1.0)
+  np.testing.assert_allclose(
+    jnp.std(full, axes), jnp.std(cond, axes), rtol=1e-4
+  )
+  np.testing.assert_allclose(half, (full + guided) / 2, atol=1e-5)

@@ -29,6 +29,8 @@ SAMPLERS = {
     samplers.ddim, variance="learned_range", eta=0.5
   ),
   "ddim_1": functools.partial(samplers.ddim, variance="fixed_small", eta=1.0),
+  "dpmpp_2m": functools.partial(samplers.dpmpp_2m, variance="fixed_small"),
+  "heun": functools.partial(samplers.heun, variance="learned_range"),
 }
 
 
@@ -184,6 +186,40 @@ def test_ddim_converges_to_the_flow_at_first_order():
   np.testing.assert_allclose(errors[0] / errors[1], 2, rtol=0.15)
 
 
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun"])
+def test_higher_order_samplers_are_nearer_to_the_exact_moments(name):
+  errors = {}
+  for sampler in ("ddim_0", name):
+    mean, variance = _moments(_run(sampler, 20), 20)
+    np.testing.assert_allclose(mean, MEAN, atol=1e-4)
+    errors[sampler] = np.abs(variance - STD**2).max()
+  assert errors[name] < 0.5 * errors["ddim_0"]
+
+
+def test_one_or_two_steps_of_dpmpp_are_ddim():
+  x_T = _normal((3, 4))
+  for num_steps in (1, 2):
+    np.testing.assert_allclose(
+      _run("dpmpp_2m", num_steps)(x_T, None),
+      _run("ddim_0", num_steps)(x_T, None),
+      atol=1e-5,
+    )
+
+
+def test_heun_calls_the_network_twice_but_for_the_last_step():
+  x_0, trace = samplers.heun(
+    _denoiser(),
+    SCHEDULE,
+    _normal((2, 3)),
+    num_steps=[10, 400, 999],
+    prediction="x_start",
+    variance="fixed_small",
+    return_trace=True,
+  )
+  assert trace.timesteps.tolist() == [999, 400, 400, 10, 10]
+  np.testing.assert_allclose(trace.x_start[-1], x_0, atol=1e-6)
+
+
 def _invert(x_start, num_steps, prediction="x_start", **kwargs):
   denoise = _denoiser(prediction)
   return jax.jit(
@@ -210,6 +246,16 @@ def test_ddim_inverse_is_undone_by_ddim(shape):
   assert errors[1] < 0.01
   np.testing.assert_allclose(errors[0] / errors[1], 2, rtol=0.15)
   np.testing.assert_allclose(_flow(np.asarray(x_T)), x_start, atol=0.02)
+
+
+def test_refinements_make_the_inverse_exact():
+  x_start = MEAN + STD * _normal((4, 6))
+  errors = []
+  for num_refinements in (0, 2, 6):
+    x_T = _invert(x_start, 100, num_refinements=num_refinements)
+    x_0 = _run("ddim_0", 100)(x_T, None)
+    errors.append(np.abs(x_0 - x_start).max())
+  assert errors[1] < 0.5 * errors[0] and errors[2] < 0.1 * errors[0]
 
 
 def test_ddim_inverse_leaves_the_data_by_the_first_level():
@@ -249,7 +295,9 @@ def test_ddim_with_eta_1_is_ddpm_with_fixed_small():
 
 
 @pytest.mark.parametrize("clip_x_start", [None, 0.6])
-@pytest.mark.parametrize("name", ["ddpm_learned", "ddim_half"])
+@pytest.mark.parametrize(
+  "name", ["ddpm_learned", "ddim_half", "dpmpp_2m", "heun"]
+)
 def test_predictions_give_the_same_samples(name, clip_x_start):
   x_T, *noise = _normal((11, 4, 6))
   x_0 = {}
@@ -265,7 +313,7 @@ def test_predictions_give_the_same_samples(name, clip_x_start):
       noise=jnp.stack(noise),
     )
   np.testing.assert_allclose(x_0["eps"], x_0["x_start"], atol=2e-3)
-  np.testing.assert_allclose(x_0["v"], x_0["x_start"], atol=2e-5)
+  np.testing.assert_allclose(x_0["v"], x_0["x_start"], rtol=1e-4, atol=2e-5)
 
 
 def test_predictions_give_the_same_inverse():
@@ -367,7 +415,8 @@ def _count_scans(jaxpr):
 
 
 @pytest.mark.parametrize(
-  "name", ["ddpm_learned", "ddim_0", "ddim_half", "ddim_inverse"]
+  "name",
+  ["ddpm_learned", "ddim_0", "ddim_half", "ddim_inverse", "dpmpp_2m", "heun"],
 )
 def test_a_sampler_is_one_scan_that_is_traced_once(name):
   num_calls = 0

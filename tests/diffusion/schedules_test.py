@@ -169,3 +169,38 @@ def test_a_schedule_owns_its_tables():
 def test_mistakes_are_named(make, message):
   with pytest.raises(ValueError, match=message):
     make(schedules.make_schedule("cosine", 10))
+
+
+def test_fast27_is_glide_s_placement():
+  # space_timesteps(1000, "fast27") of GLIDE's released code.
+  kept = schedules.step_placement(1000, 27, "fast27")
+  assert kept[:10].tolist() == [0, 22, 44, 66, 88, 111, 133, 155, 177, 199]
+  assert kept[-7:].tolist() == [400, 500, 599, 600, 799, 800, 997]
+  plain = schedules.step_placement(1000, 27, "10,10,3,2,2")
+  assert plain[-1] == 999 and np.array_equal(plain[:-1], kept[:-1])
+
+
+def test_a_lone_step_of_a_section_is_its_first():
+  kept = schedules.step_placement(10, 4, "3,1")
+  assert kept.tolist() == [0, 2, 4, 5]
+
+
+def test_trailing_steps_are_equally_long_and_end_at_the_last():
+  kept = schedules.step_placement(1000, 10, "trailing")
+  assert kept.tolist() == list(range(99, 1000, 100))
+  assert len(set(schedules.step_placement(1000, 999, "trailing"))) == 999
+
+
+@pytest.mark.parametrize(
+  "count, kind, message",
+  [
+    (10, "leading", "unknown step placement"),
+    (10, "5,4", "has 9 steps"),
+    (11, "9,2", "cannot be placed"),
+    (26, "fast27", "has 27 steps"),
+  ],
+)
+def test_placements_that_do_not_fit_are_named(count, kind, message):
+  size = 16 if kind == "9,2" else 1000
+  with pytest.raises(ValueError, match=message):
+    schedules.step_placement(size, count, kind)

@@ -117,9 +117,9 @@ class Preprocess:
     Raises:
       UserError: the picture cannot be decoded.
     """
-    picture = _square(decode(record.image, name=record.code_point))
+    picture = square(decode(record.image, name=record.code_point))
     return {
-      name: np.asarray(_resized(picture, size))
+      name: np.asarray(resized(picture, size))
       for name, size in self._sizes().items()
     }
 
@@ -193,6 +193,11 @@ def to_float(picture: np.ndarray) -> np.ndarray:
   return picture.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
+def to_pil(image: np.ndarray) -> Image.Image:
+  """A PIL picture from [H, W, 3] in [0, 1], rounded to bytes."""
+  return Image.fromarray(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
 def decode(encoded: bytes, *, name: str) -> Image.Image:
   """Decodes a picture of at most 16 megapixels, transparency on white.
 
@@ -227,14 +232,14 @@ def decode(encoded: bytes, *, name: str) -> Image.Image:
   return picture.convert("RGB")
 
 
-def _square(picture: Image.Image) -> Image.Image:
+def square(picture: Image.Image) -> Image.Image:
   """The largest square around the middle."""
   side = min(picture.size)
   left, top = (picture.width - side) // 2, (picture.height - side) // 2
   return picture.crop((left, top, left + side, top + side))
 
 
-def _resized(picture: Image.Image, size: int) -> Image.Image:
+def resized(picture: Image.Image, size: int) -> Image.Image:
   if picture.size == (size, size):
     return picture
   return picture.resize((size, size), Image.Resampling.BICUBIC)

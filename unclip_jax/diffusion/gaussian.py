@@ -25,6 +25,7 @@ Dhariwal's released code uses a tanh approximation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -35,6 +36,8 @@ from unclip_jax.diffusion import schedules
 
 Prediction = Literal["eps", "x_start", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+# A bound on |x_start|, or a function of the predicted x_start; None: as it is.
+ClipXStart = float | Callable[[jax.Array], jax.Array] | None
 
 
 class MeanVariance(NamedTuple):
@@ -235,7 +238,7 @@ def p_mean_variance(
   *,
   prediction: Prediction,
   variance: Variance,
-  clip_x_start: float | None = None,
+  clip_x_start: ClipXStart = None,
 ) -> MeanVariance:
   """The reverse step p(x_{t-1} | x_t): the posterior at the predicted x_start.
 
@@ -248,7 +251,8 @@ def p_mean_variance(
     timesteps: int32 [B].
     prediction: what the network predicts.
     variance: the kind of variance.
-    clip_x_start: clips the predicted x_start to [-value, value].
+    clip_x_start: clips the predicted x_start to [-value, value]; or a function
+      that is applied to it, such as `dynamic_threshold(0.995)`.
 
   Raises:
     ValueError: an unknown prediction or variance, or channels that do not fit.
@@ -257,13 +261,49 @@ def p_mean_variance(
   x_start = predict_x_start(
     schedule, output, x_t, timesteps, prediction=prediction
   )
-  if clip_x_start is not None:
-    x_start = jnp.clip(x_start, -clip_x_start, clip_x_start)
+  x_start = clip(x_start, clip_x_start)
   mean, _, _ = q_posterior(schedule, x_start, x_t, timesteps)
   log_variance = _log_variance(
     schedule, variance_output, x_t, timesteps, variance
   )
   return MeanVariance(mean, log_variance, x_start)
+
+
+def clip(x_start: jax.Array, clip_x_start: ClipXStart) -> jax.Array:
+  """x_start within a bound, or what a function makes of it."""
+  if clip_x_start is None:
+    return x_start
+  if callable(clip_x_start):
+    return clip_x_start(x_start)
+  return jnp.clip(x_start, -clip_x_start, clip_x_start)
+
+
+def dynamic_threshold(
+  percentile: float, bound: float = 1.0
+) -> Callable[[jax.Array], jax.Array]:
+  """Clipping at a percentile of |x_start|, then scaling back into the bound.
+
+  Saharia et al. 2022 (Imagen, arXiv 2205.11487, section 2.3): with s the
+  percentile in each example, where s is above the bound, x_start is clipped to
+  [-s, s] and divided by s / bound; elsewhere it is clipped to the bound.
+
+  Args:
+    percentile: in (0, 1); 0.995 in Imagen's examples.
+    bound: what plain clipping would clip to.
+
+  Raises:
+    ValueError: the percentile is not in (0, 1).
+  """
+  if not 0.0 < percentile < 1.0:
+    raise ValueError(f"percentile must be in (0, 1), got {percentile}")
+
+  def threshold(x_start: jax.Array) -> jax.Array:
+    axes = tuple(range(1, x_start.ndim))
+    s = jnp.quantile(jnp.abs(x_start), percentile, axes, keepdims=True)
+    s = jnp.maximum(s, bound)
+    return jnp.clip(x_start, -s, s) * (bound / s)
+
+  return threshold
 
 
 def normal_kl(
@@ -316,7 +356,7 @@ def vlb_terms(
   *,
   prediction: Prediction,
   variance: Variance,
-  clip_x_start: float | None = None,
+  clip_x_start: ClipXStart = None,
 ) -> jax.Array:
   """One term of the variational bound per example, [B] bits per dimension.
 

@@ -83,50 +83,139 @@ class Process:
     *,
     sampler: str = "ddim",
     num_sample_steps: int = 50,
+    step_placement: str = "uniform",
     guidance_scale: float = 1.0,
+    text_guidance_scale: float | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    guidance_rescale: float = 0.0,
+    clip_x_start: gaussian.ClipXStart = None,
+    dynamic_threshold: float | None = None,
     eta: float = 0.0,
+    x_T: jax.Array | None = None,
+    init: jax.Array | None = None,
+    strength: float = 1.0,
+    known: jax.Array | None = None,
+    is_known: jax.Array | None = None,
     noise: jax.Array | None = None,
     on_step: Callable[[], None] | None = None,
   ) -> jax.Array:
     """Draws x_0 of the given shape.
 
     Args:
-      denoise_fn: with `guidance_scale` other than 1 it takes and gives 2B
-        rows, the conditional half first (guidance.classifier_free).
+      denoise_fn: with guidance it takes and gives 2B rows, the conditional
+        half first; with a `text_guidance_scale` 3B: both conditions, the image
+        embedding alone, none (diffusion.guidance).
       rng: one key, or one key per example, `[B]`; None where `noise` is given.
-      sampler: "ddim" or "ddpm".
-      eta: DDIM's share of fresh noise; ignored by DDPM.
+      sampler: a name in samplers.SAMPLERS.
+      num_sample_steps, step_placement: schedules.step_placement.
+      guidance_scale: 1 is off.
+      text_guidance_scale: the scale of what the text adds to the image
+        embedding; `guidance_scale` is then the embedding's own. None: one
+        scale for both.
+      guidance_interval, guidance_rescale: `interval` and `rescale` of
+        guidance.classifier_free.
+      clip_x_start: in place of the process's own, if not None.
+      dynamic_threshold: percentile of gaussian.dynamic_threshold, in place of
+        plain clipping.
+      eta: DDIM's share of fresh noise; the other samplers take none.
+      x_T: `shape`, where sampling starts; drawn where it is None.
+      init: `shape`, data to start from in place of pure noise: the last
+        `strength` of the steps is done, from `init` noised by x_T to the first
+        of them (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+      strength: in (0, 1]; 1 forgets `init` up to the schedule's last level.
+      known: `shape`, data of which a part is kept. Every predicted x_start
+        gets the known values, so that x_t's known part is `known` noised by
+        x_T; the result has them unchanged, bit for bit.
+      is_known: bool, broadcastable to `shape`: where `known` counts.
       noise: `[num_sample_steps + 1, *shape]` in place of every draw: entry 0
         is x_T, entry i the noise of step i.
-      on_step: called on the host after every denoising step.
+      on_step: called on the host after every call of the network.
+
+    Raises:
+      ValueError: an unknown sampler, or options that do not fit it.
     """
-    if noise is None:
+    if sampler not in samplers.SAMPLERS:
+      known_names = ", ".join(samplers.SAMPLERS)
+      raise ValueError(f"unknown sampler {sampler!r}: use one of {known_names}")
+    if eta and sampler != "ddim":
+      raise ValueError(f"eta is an option of 'ddim', not of {sampler!r}")
+    step_rng = step_noise = None
+    if noise is not None:
+      x_T, step_noise = noise[0], noise[1:]
+    elif rng is not None:
       x_rng, step_rng = split(rng)
-      x_T, step_noise = samplers.draw_noise(x_rng, shape), None
-    else:
-      x_T, step_noise, step_rng = noise[0], noise[1:], None
-    if guidance_scale != 1.0:
-      denoise_fn = guidance.classifier_free(
-        denoise_fn, guidance_scale, learned_variance=self.learned_variance
-      )
+      x_T = samplers.draw_noise(x_rng, shape) if x_T is None else x_T
+    elif x_T is None:
+      raise ValueError("sampling needs rng, noise or x_T to start from")
+    steps = schedules.step_placement(
+      self.num_timesteps, num_sample_steps, step_placement
+    )
+    if init is not None:
+      if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength must be in (0, 1], got {strength}")
+      steps = steps[: max(1, round(strength * num_sample_steps))]
+      timesteps = jnp.full(init.shape[:1], steps[-1])
+      x_T = gaussian.q_sample(self.noise_schedule, init, timesteps, x_T)
+      step_noise = None if step_noise is None else step_noise[-len(steps) :]
     if on_step is not None:
       denoise_fn = _with_callback(denoise_fn, on_step)
-    options = dict(
-      num_steps=num_sample_steps,
+    guide = dict(
+      learned_variance=self.learned_variance,
+      interval=guidance_interval,
+      rescale=guidance_rescale,
+    )
+    if text_guidance_scale is not None:
+      denoise_fn = guidance.two_conditions(
+        denoise_fn, guidance_scale, text_guidance_scale, **guide
+      )
+    elif guidance_scale != 1.0:
+      denoise_fn = guidance.classifier_free(denoise_fn, guidance_scale, **guide)
+    if clip_x_start is None:
+      clip_x_start = self.clip_x_start
+    if dynamic_threshold is not None:
+      clip_x_start = gaussian.dynamic_threshold(dynamic_threshold)
+    if known is not None:
+      clip_x_start = _keep_known(clip_x_start, known, is_known)
+    x_0 = samplers.SAMPLERS[sampler](
+      denoise_fn,
+      self.noise_schedule,
+      x_T,
+      step_rng,
+      num_steps=steps,
+      prediction=self.prediction,
+      variance=self.variance,
+      clip_x_start=clip_x_start,
+      noise=step_noise,
+      **({"eta": eta} if sampler == "ddim" else {}),
+    )
+    return x_0 if known is None else jnp.where(is_known, known, x_0)
+
+  def invert(
+    self,
+    denoise_fn: DenoiseFn,
+    x_start: jax.Array,
+    *,
+    num_sample_steps: int = 50,
+    step_placement: str = "uniform",
+    num_refinements: int = 0,
+  ) -> jax.Array:
+    """The x_T from which DDIM with eta 0 gives x_start back.
+
+    Options as in `sample` and samplers.ddim_inverse; without guidance, under
+    which DDIM inversion is no good approximation.
+    """
+    return samplers.ddim_inverse(
+      denoise_fn,
+      self.noise_schedule,
+      x_start,
+      num_steps=schedules.step_placement(
+        self.num_timesteps, num_sample_steps, step_placement
+      ),
       prediction=self.prediction,
       variance=self.variance,
       clip_x_start=self.clip_x_start,
-      noise=step_noise,
+      num_refinements=num_refinements,
     )
-    if sampler == "ddpm":
-      return samplers.ddpm(
-        denoise_fn, self.noise_schedule, x_T, step_rng, **options
-      )
-    if sampler == "ddim":
-      return samplers.ddim(
-        denoise_fn, self.noise_schedule, x_T, step_rng, eta=eta, **options
-      )
-    raise ValueError(f"sampler '{sampler}' is not 'ddim' or 'ddpm'")
 
 
 def split(rng: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +225,16 @@ def split(rng: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[:, 0], pairs[:, 1]
   first, second = jax.random.split(rng)
   return first, second
+
+
+def _keep_known(
+  clip_x_start: gaussian.ClipXStart, known: jax.Array, is_known: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+  def keep(x_start: jax.Array) -> jax.Array:
+    x_start = gaussian.clip(x_start, clip_x_start)
+    return jnp.where(is_known, known, x_start)
+
+  return keep
 
 
 def _with_callback(

@@ -16,7 +16,7 @@ respaced schedule, a' = 1 at the last step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,12 @@ class _Step(NamedTuple):
   coefs: dict[str, jax.Array]  # this step's entries of the sampler's tables
 
 
-# (model_output, step) -> (next x_t, predicted x_start)
-_UpdateFn = Callable[[jax.Array, _Step], tuple[jax.Array, jax.Array]]
+# (model_output, step, memory) -> (next x_t, predicted x_start, next memory).
+# The memory is what a sampler carries of earlier steps; () for most.
+_Memory = Any
+_UpdateFn = Callable[
+  [jax.Array, _Step, _Memory], tuple[jax.Array, jax.Array, _Memory]
+]
 
 
 def draw_noise(rng: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -92,11 +96,12 @@ def _scan_steps(
   rng: jax.Array | None,
   noise: jax.Array | None,
   return_trace: bool,
+  memory: _Memory = (),
 ) -> jax.Array | tuple[jax.Array, Trace]:
   """Runs the network at each of indices [N] into schedule, then update_fn.
 
-  coefs are tables [N] in the order of execution. With neither rng nor noise,
-  the update gets None for its noise.
+  coefs are tables [N] in the order of execution, memory what the first update
+  is given. With neither rng nor noise, the update gets None for its noise.
   """
   expected = (len(indices), *x.shape)
   if noise is not None and noise.shape != expected:
@@ -105,18 +110,19 @@ def _scan_steps(
     _check_rng(rng, x.shape)
   timestep_map = jnp.asarray(schedule.timestep_map)
 
-  def body(x_t: jax.Array, scanned: tuple) -> tuple[jax.Array, Trace | None]:
+  def body(
+    carried: tuple[jax.Array, _Memory], scanned: tuple
+  ) -> tuple[tuple[jax.Array, _Memory], Trace | None]:
+    x_t, memory = carried
     i, index, step_noise, step_coefs = scanned
     timesteps = jnp.full(x_t.shape[:1], index)
     if noise is None and rng is not None:
       step_noise = draw_noise(_fold_in(rng, i), x_t.shape)
     model_output = denoise_fn(x_t, timestep_map[timesteps])
-    x_next, x_start = update_fn(
-      model_output, _Step(x_t, timesteps, step_noise, step_coefs)
-    )
-    if not return_trace:
-      return x_next, None
-    return x_next, Trace(timestep_map[index], x_t, x_start)
+    step = _Step(x_t, timesteps, step_noise, step_coefs)
+    x_next, x_start, memory = update_fn(model_output, step, memory)
+    trace = Trace(timestep_map[index], x_t, x_start) if return_trace else None
+    return (x_next, memory), trace
 
   scanned = (
     jnp.arange(len(indices)),
@@ -124,7 +130,7 @@ def _scan_steps(
     noise,
     {name: jnp.asarray(c, jnp.float32) for name, c in coefs.items()},
   )
-  x, trace = jax.lax.scan(body, x.astype(jnp.float32), scanned)
+  (x, _), trace = jax.lax.scan(body, (x.astype(jnp.float32), memory), scanned)
   return (x, trace) if return_trace else x
 
 
@@ -135,7 +141,7 @@ def _x_start_and_eps(
   *,
   prediction: gaussian.Prediction,
   variance: gaussian.Variance,
-  clip_x_start: float | None,
+  clip_x_start: gaussian.ClipXStart,
 ) -> tuple[jax.Array, jax.Array]:
   """Predicted x_start, and the eps that with it makes up x_t."""
   x_start = gaussian.p_mean_variance(
@@ -162,7 +168,7 @@ def ddpm(
   num_steps: int | Sequence[int],
   prediction: gaussian.Prediction,
   variance: gaussian.Variance,
-  clip_x_start: float | None = None,
+  clip_x_start: gaussian.ClipXStart = None,
   noise: jax.Array | None = None,
   return_trace: bool = False,
 ) -> jax.Array | tuple[jax.Array, Trace]:
@@ -178,7 +184,8 @@ def ddpm(
     prediction: what the network predicts.
     variance: the variance of each step; "learned_range" takes it from the
       network's last C of 2C channels.
-    clip_x_start: clips the predicted x_start to [-value, value].
+    clip_x_start: clips the predicted x_start to [-value, value]; or a function
+      that is applied to it.
     noise: [num_steps, B, ...] standard normal in place of draws; entry i is
       that of step i in the order of execution. The last entry is unused, for
       the last step returns the mean.
@@ -195,8 +202,8 @@ def ddpm(
   schedule = schedule.respace(num_steps)
 
   def update(
-    model_output: jax.Array, step: _Step
-  ) -> tuple[jax.Array, jax.Array]:
+    model_output: jax.Array, step: _Step, memory: _Memory
+  ) -> tuple[jax.Array, jax.Array, _Memory]:
     mean, log_variance, x_start = gaussian.p_mean_variance(
       schedule,
       model_output,
@@ -207,7 +214,7 @@ def ddpm(
       clip_x_start=clip_x_start,
     )
     sigma = step.coefs["is_noised"] * jnp.exp(0.5 * log_variance)
-    return mean + sigma * step.noise, x_start
+    return mean + sigma * step.noise, x_start, memory
 
   indices = np.arange(schedule.num_timesteps)[::-1]
   return _scan_steps(
@@ -232,7 +239,7 @@ def ddim(
   num_steps: int | Sequence[int],
   prediction: gaussian.Prediction,
   variance: gaussian.Variance,
-  clip_x_start: float | None = None,
+  clip_x_start: gaussian.ClipXStart = None,
   eta: float = 0.0,
   noise: jax.Array | None = None,
   return_trace: bool = False,
@@ -248,8 +255,8 @@ def ddim(
     rng: as for `ddpm`; not used, and may be None, when eta is 0.
     variance: says only whether the network's output has variance channels,
       which DDIM ignores.
-    clip_x_start: clips the predicted x_start to [-value, value]; eps is then
-      the one that fits the clipped x_start.
+    clip_x_start: as for `ddpm`; eps is then the one that fits the clipped
+      x_start.
     eta: 0 is deterministic, 1 is `ddpm` with "fixed_small"; a Python float.
 
   Returns:
@@ -273,8 +280,8 @@ def ddim(
   }
 
   def update(
-    model_output: jax.Array, step: _Step
-  ) -> tuple[jax.Array, jax.Array]:
+    model_output: jax.Array, step: _Step, memory: _Memory
+  ) -> tuple[jax.Array, jax.Array, _Memory]:
     x_start, eps = _x_start_and_eps(
       schedule,
       model_output,
@@ -286,7 +293,7 @@ def ddim(
     x_next = step.coefs["x_start"] * x_start + step.coefs["eps"] * eps
     if eta > 0:
       x_next += step.coefs["noise"] * step.noise
-    return x_next, x_start
+    return x_next, x_start, memory
 
   return _scan_steps(
     update,
@@ -309,7 +316,8 @@ def ddim_inverse(
   num_steps: int | Sequence[int],
   prediction: gaussian.Prediction,
   variance: gaussian.Variance,
-  clip_x_start: float | None = None,
+  clip_x_start: gaussian.ClipXStart = None,
+  num_refinements: int = 0,
   return_trace: bool = False,
 ) -> jax.Array | tuple[jax.Array, Trace]:
   """DDIM inversion: Song et al. 2020 (arXiv 2010.02502), eq. 13 backwards.
@@ -320,12 +328,18 @@ def ddim_inverse(
     x / sqrt(a) = x' / sqrt(a') + (s - s') eps(x', t - 1)
 
   and for the step that leaves the data (a' = 1, s' = 0), where no network is
-  trained, eps(x', 0).
+  trained, eps(x', 0). The exact inverse of `ddim`'s step has eps(x, t) in that
+  place, of which this is the first guess: every refinement puts the x found
+  last into it (the fixed-point iteration of Pan et al. 2023, arXiv 2309.04907,
+  without their averaging).
 
   Args:
     denoise_fn, schedule, num_steps, prediction, variance, clip_x_start,
-      return_trace: as for `ddim`; the trace has growing noise.
+      return_trace: as for `ddim`; the trace has growing noise, and an entry
+      for each refinement.
     x_start: [B, ...] data.
+    num_refinements: calls of the network per step beside the first; they
+      converge where a step is short for how fast the prediction changes.
 
   Returns:
     x_T [B, ...] float32, or (x_T, Trace).
@@ -334,14 +348,18 @@ def ddim_inverse(
     ValueError: arguments that do not fit each other.
   """
   schedule = schedule.respace(num_steps)
-  # Step i goes from the level of index i - 1 to that of index i.
+  # Step i goes from the level of index i - 1 to that of index i, in one call
+  # of the network at i - 1 and the refinements at i.
   level_from, level_to = schedule.alphas_cumprod_prev, schedule.alphas_cumprod
   coef_x = np.sqrt(level_to / level_from)
   coef_eps = np.sqrt(1.0 - level_to) - coef_x * np.sqrt(1.0 - level_from)
+  num_calls = 1 + num_refinements
+  steps = np.arange(schedule.num_timesteps).repeat(num_calls)
+  is_first = np.arange(len(steps)) % num_calls == 0
 
   def update(
-    model_output: jax.Array, step: _Step
-  ) -> tuple[jax.Array, jax.Array]:
+    model_output: jax.Array, step: _Step, start: _Memory
+  ) -> tuple[jax.Array, jax.Array, _Memory]:
     predicted, eps = _x_start_and_eps(
       schedule,
       model_output,
@@ -350,17 +368,188 @@ def ddim_inverse(
       variance=variance,
       clip_x_start=clip_x_start,
     )
-    x_next = step.coefs["x"] * step.x_t + step.coefs["eps"] * eps
-    return x_next, predicted
+    start = jnp.where(step.coefs["is_first"] > 0, step.x_t, start)
+    x_next = step.coefs["x"] * start + step.coefs["eps"] * eps
+    return x_next, predicted, start
 
   return _scan_steps(
     update,
     denoise_fn,
     schedule,
     x_start,
-    np.maximum(np.arange(schedule.num_timesteps) - 1, 0),
-    {"x": coef_x, "eps": coef_eps},
+    np.where(is_first, np.maximum(steps - 1, 0), steps),
+    {"x": coef_x[steps], "eps": coef_eps[steps], "is_first": is_first},
     rng=None,
     noise=None,
     return_trace=return_trace,
+    memory=jnp.zeros(x_start.shape, jnp.float32),
   )
+
+
+def dpmpp_2m(
+  denoise_fn: DenoiseFn,
+  schedule: schedules.NoiseSchedule,
+  x_T: jax.Array,
+  rng: jax.Array | None = None,
+  *,
+  num_steps: int | Sequence[int],
+  prediction: gaussian.Prediction,
+  variance: gaussian.Variance,
+  clip_x_start: gaussian.ClipXStart = None,
+  noise: jax.Array | None = None,
+  return_trace: bool = False,
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """DPM-Solver++ 2M: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
+
+  With lambda = log(sqrt(a) / sqrt(1 - a)), h its growth in this step and h_p
+  in the one before, and D = x_start + h / (2 h_p) (x_start - the previous one),
+
+    x' = sqrt((1 - a') / (1 - a)) x + (sqrt(a') - the same ratio sqrt(a)) D
+
+  The first step knows no previous x_start and the last one ends at h = inf:
+  both take D = x_start, which is DDIM with eta = 0. Deviation: so does a step
+  with h > 2 h_p, such as the one to timestep 0 under evenly placed timesteps,
+  for which the line through two x_start is no guide.
+
+  Args and returns: as for `ddim` with eta = 0; rng and noise are not used.
+  """
+  del rng, noise
+  schedule = schedule.respace(num_steps)
+  level, level_next = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+  log_snr = 0.5 * (np.log(level) - np.log1p(-level))  # lambda
+  ratio = np.sqrt((1.0 - level_next) / (1.0 - level))
+  extrapolation = np.zeros(len(level))
+  if len(level) > 2:
+    h = -np.diff(log_snr)  # h[i]: of the step from index i + 1 to index i
+    growth = h[:-1] / h[1:]
+    extrapolation[1:-1] = np.where(growth <= 2.0, growth / 2.0, 0.0)
+  tables = {
+    "x_t": ratio,
+    "x_start": np.sqrt(level_next) - ratio * np.sqrt(level),
+    "extrapolation": extrapolation,
+  }
+
+  def update(
+    model_output: jax.Array, step: _Step, previous: _Memory
+  ) -> tuple[jax.Array, jax.Array, _Memory]:
+    x_start, _ = _x_start_and_eps(
+      schedule,
+      model_output,
+      step,
+      prediction=prediction,
+      variance=variance,
+      clip_x_start=clip_x_start,
+    )
+    coefs = step.coefs
+    extrapolated = x_start + coefs["extrapolation"] * (x_start - previous)
+    x_next = coefs["x_t"] * step.x_t + coefs["x_start"] * extrapolated
+    return x_next, x_start, x_start
+
+  return _scan_steps(
+    update,
+    denoise_fn,
+    schedule,
+    x_T,
+    np.arange(schedule.num_timesteps)[::-1],
+    {name: table[::-1] for name, table in tables.items()},
+    rng=None,
+    noise=None,
+    return_trace=return_trace,
+    memory=jnp.zeros(x_T.shape, jnp.float32),
+  )
+
+
+def heun(
+  denoise_fn: DenoiseFn,
+  schedule: schedules.NoiseSchedule,
+  x_T: jax.Array,
+  rng: jax.Array | None = None,
+  *,
+  num_steps: int | Sequence[int],
+  prediction: gaussian.Prediction,
+  variance: gaussian.Variance,
+  clip_x_start: gaussian.ClipXStart = None,
+  noise: jax.Array | None = None,
+  return_trace: bool = False,
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """Heun's method on DDIM's differential equation, in exponential form.
+
+  Every step but the last is a DDIM step with eta = 0 and its correction, for
+  which x_start is taken to be linear in lambda = log(sqrt(a) / sqrt(1 - a))
+  from its prediction at the start to that at the predicted end (the second-
+  order exponential Runge-Kutta method: Hochbruck & Ostermann 2010, "Exponential
+  integrators", eq. 2.39 with c_2 = 1). Plain Heun in sigma, as in Karras et al.
+  2022 (arXiv 2206.00364), diverges on schedules that end near pure noise.
+
+  num_steps = N calls the network 2 N - 1 times, in one scan.
+
+  Args and returns: as for `ddim` with eta = 0 (which is Euler's method); rng
+    and noise are not used. The trace has 2 N - 1 entries.
+  """
+  del rng, noise
+  schedule = schedule.respace(num_steps)
+  # Call 2k predicts the step from index N - 1 - k to the one before, call
+  # 2k + 1, at the predicted point, corrects it.
+  N = schedule.num_timesteps
+  step_from = N - 1 - np.arange(2 * N - 1) // 2
+  is_correction = np.arange(2 * N - 1) % 2 == 1
+  level = schedule.alphas_cumprod[step_from]
+  level_next = schedule.alphas_cumprod_prev[step_from]
+  ratio = np.sqrt((1.0 - level_next) / (1.0 - level))
+  decay = ratio * np.sqrt(level / level_next)  # exp(-h)
+  weight = np.zeros(2 * N - 1)  # of the end's x_start
+  h = -np.log(decay[is_correction])
+  weight[is_correction] = 1.0 / (1.0 - decay[is_correction]) - 1.0 / h
+  tables = {
+    "x_t": ratio,
+    "x_start": np.sqrt(level_next) - ratio * np.sqrt(level),
+    "is_correction": is_correction,
+    "weight": weight,
+  }
+
+  def update(
+    model_output: jax.Array, step: _Step, start: _Memory
+  ) -> tuple[jax.Array, jax.Array, _Memory]:
+    x_start, _ = _x_start_and_eps(
+      schedule,
+      model_output,
+      step,
+      prediction=prediction,
+      variance=variance,
+      clip_x_start=clip_x_start,
+    )
+    coefs = step.coefs
+    is_correction = coefs["is_correction"] > 0
+    start_x_t, start_x_start = start  # of the step that is being corrected
+    corrected = start_x_start + coefs["weight"] * (x_start - start_x_start)
+    x_next = coefs["x_t"] * jnp.where(
+      is_correction, start_x_t, step.x_t
+    ) + coefs["x_start"] * jnp.where(is_correction, corrected, x_start)
+    return x_next, x_start, (step.x_t, x_start)
+
+  zeros = jnp.zeros(x_T.shape, jnp.float32)
+  return _scan_steps(
+    update,
+    denoise_fn,
+    schedule,
+    x_T,
+    step_from - is_correction,
+    tables,
+    rng=None,
+    noise=None,
+    return_trace=return_trace,
+    memory=(zeros, zeros),
+  )
+
+
+SAMPLERS: dict[str, Callable[..., Any]] = {
+  "ddpm": ddpm,
+  "ddim": ddim,
+  "dpmpp_2m": dpmpp_2m,
+  "heun": heun,
+}
+
+
+def num_network_calls(sampler: str, num_sample_steps: int) -> int:
+  """How often a sampler calls the network."""
+  return 2 * num_sample_steps - 1 if sampler == "heun" else num_sample_steps

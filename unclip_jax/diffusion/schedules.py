@@ -194,18 +194,65 @@ def step_placement(
     num_sample_steps: N, at most T.
     kind: "uniform": round(i (T - 1) / (N - 1)), ties to even, which holds both
       0 and T - 1 (the rule of Karlo's samplers); [T - 1] for N = 1.
+      "trailing": round((i + 1) T / N) - 1, which holds T - 1 and makes the
+      last step as long as the others (Lin et al. 2023, arXiv 2305.08891,
+      section 3.3).
+      Counts as in "10,10,3,2,2", N together: cuts the timesteps into equal
+      sections, the first with the least noise, and places so many in each,
+      uniformly from its first to its last (GLIDE's released code).
+      "fast27": those counts, and T - 3 in place of T - 1 (GLIDE's upsampler).
 
   Raises:
-    ValueError: N is not in [1, T], or an unknown kind.
+    ValueError: N is not in [1, T], counts that do not fit, an unknown kind.
   """
-  if kind != "uniform":
-    raise ValueError(f"unknown step placement {kind!r}: use 'uniform'")
   if not 1 <= num_sample_steps <= num_timesteps:
     raise ValueError(
       f"num_sample_steps must be in [1, {num_timesteps}] (the schedule's"
       f" number of timesteps), got {num_sample_steps}"
     )
-  if num_sample_steps == 1:
-    return np.array([num_timesteps - 1], np.int32)
-  stride = (num_timesteps - 1) / (num_sample_steps - 1)
-  return np.round(np.arange(num_sample_steps) * stride).astype(np.int32)
+  if kind == "uniform":
+    return _uniform(num_timesteps, num_sample_steps)
+  if kind == "trailing":
+    fractions = np.arange(1, num_sample_steps + 1) / num_sample_steps
+    return np.round(fractions * num_timesteps).astype(np.int32) - 1
+  if kind == "fast27":
+    kept = _sectioned(num_timesteps, num_sample_steps, "10,10,3,2,2")
+    kept[-1] = num_timesteps - 3
+    return kept
+  return _sectioned(num_timesteps, num_sample_steps, kind)
+
+
+def _uniform(size: int, count: int) -> np.ndarray:
+  if count == 1:
+    return np.array([size - 1], np.int32)
+  return np.round(np.arange(count) * (size - 1) / (count - 1)).astype(np.int32)
+
+
+def _sectioned(
+  num_timesteps: int, num_sample_steps: int, counts: str
+) -> np.ndarray:
+  try:
+    sizes = [int(count) for count in counts.split(",")]
+  except ValueError:
+    raise ValueError(
+      f"unknown step placement {counts!r}: use 'uniform', 'trailing', 'fast27'"
+      " or counts such as '10,10,3,2,2'"
+    ) from None
+  if sum(sizes) != num_sample_steps:
+    raise ValueError(
+      f"the step placement {counts!r} has {sum(sizes)} steps:"
+      f" num_sample_steps must be that, not {num_sample_steps}"
+    )
+  kept, start = [], 0
+  for i, count in enumerate(sizes):
+    size = num_timesteps // len(sizes) + (i < num_timesteps % len(sizes))
+    if not 1 <= count <= size:
+      raise ValueError(
+        f"section {i} of the step placement {counts!r} has {size} timesteps,"
+        f" {count} cannot be placed in it"
+      )
+    # A lone step stands at its section's start, as in GLIDE.
+    placed = _uniform(size, count) if count > 1 else np.zeros(1, np.int32)
+    kept.append(start + placed)
+    start += size
+  return np.concatenate(kept).astype(np.int32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -130,31 +130,33 @@ class Task:
     rng: jax.Array | None,
     *,
     guidance_scale: float = 1.0,
+    text_guidance_scale: float | None = None,
+    use_image_embed: bool = True,
+    use_text: bool = True,
     num_sample_steps: int = 250,
     sampler: str = "ddpm",
-    eta: float = 0.0,
-    noise: jax.Array | None = None,
-    on_step: Callable[[], None] | None = None,
+    **options: Any,
   ) -> dict[str, jax.Array]:
     """Draws `image` [B, S, S, 3] in [-1, 1].
 
     The batch gives `text_tokens`, `text_mask`, and either `image_embed`
     [B, D] in the CLIP's own space or `clip_image`. The timestep-independent
-    work (keys and values of the context) runs once; options as in
-    diffusion.process.Process.sample.
+    work (keys and values of the context) runs once.
+
+    Args:
+      text_guidance_scale: guides the text by its own scale, and
+        `guidance_scale` is the image embedding's (guidance.two_conditions).
+      use_image_embed, use_text: False draws as in training when it is dropped.
+      **options: of diffusion.process.Process.sample.
     """
     condition = self._condition(frozen, batch)
     B = condition["image_embed"].shape[0]
-    encoded = self._encode(variables, condition, drop=False)
-    if guidance_scale != 1.0:
-      null = self._encode(
-        variables, jax.tree.map(lambda x: x[:1], condition), drop=True
-      )
-      encoded = jax.tree.map(
-        lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]),
-        encoded,
-        null,
-      )
+    kept = [(use_image_embed, use_text)]
+    if text_guidance_scale is not None:
+      kept += [(use_image_embed, False), (False, False)]
+    elif guidance_scale != 1.0:
+      kept += [(False, False)]
+    encoded = self._encode(variables, condition, kept)
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       return self.model.apply(
@@ -169,28 +171,66 @@ class Task:
       sampler=sampler,
       num_sample_steps=num_sample_steps,
       guidance_scale=guidance_scale,
-      eta=eta,
-      noise=noise,
-      on_step=on_step,
+      text_guidance_scale=text_guidance_scale,
+      **options,
     )
     return {"image": jnp.clip(x_0, -1.0, 1.0)}
+
+  def invert(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    *,
+    use_text: bool = True,
+    num_sample_steps: int = 250,
+    **options: Any,
+  ) -> jax.Array:
+    """x_T [B, S, S, 3] from which DDIM draws `batch["image"]` back.
+
+    With the same steps, eta 0 and guidance_scale 1 (section 3.1: the second
+    half of the picture's bipartite latent, beside z_i). Other options are
+    those of diffusion.process.Process.invert.
+    """
+    condition = self._condition(frozen, batch)
+    encoded = self._encode(variables, condition, [(True, use_text)])
+    return self.diffusion.invert(
+      lambda x_t, timesteps: self.model.apply(
+        variables, x_t, timesteps, encoded, method=self.model.denoise
+      ),
+      batch["image"],
+      num_sample_steps=num_sample_steps,
+      **options,
+    )
 
   def _encode(
     self,
     variables: base.Variables,
     condition: dict[str, jax.Array],
-    *,
-    drop: bool,
+    kept: Sequence[tuple[bool, bool]],
   ) -> base.PyTree:
-    """`encode_condition` with both conditions kept, or both dropped."""
-    drops = jnp.full(condition["image_embed"].shape[:1], drop)
-    return self.model.apply(
-      variables,
-      **condition,
-      image_embed_drop=drops,
-      text_drop=drops,
-      method=self.model.encode_condition,
-    )
+    """`encode_condition` of B rows for every (image embedding, text) kept.
+
+    Where neither is kept all rows are equal: one is computed and repeated.
+    """
+    B = condition["image_embed"].shape[0]
+    parts = []
+    for image_embed_kept, text_kept in kept:
+      rows = condition
+      if not (image_embed_kept or text_kept):
+        rows = jax.tree.map(lambda x: x[:1], condition)
+      drop = jnp.ones(rows["image_embed"].shape[:1], bool)
+      encoded = self.model.apply(
+        variables,
+        **rows,
+        image_embed_drop=drop & (not image_embed_kept),
+        text_drop=drop & (not text_kept),
+        method=self.model.encode_condition,
+      )
+      parts.append(
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), encoded)
+      )
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
     def sample(

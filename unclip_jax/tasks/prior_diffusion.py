@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -137,17 +137,15 @@ class Task:
     num_candidates: int = 2,
     num_sample_steps: int = 64,
     sampler: str = "ddpm",
-    eta: float = 0.0,
-    noise: jax.Array | None = None,
-    on_step: Callable[[], None] | None = None,
+    **options: Any,
   ) -> dict[str, jax.Array]:
     """Draws `image_embed` for `text_tokens`, `text_mask` of the batch.
 
     Args:
       num_candidates: draws per caption, of which the one with the largest
         dot product with z_t is kept; 2 in the paper.
-      noise: `[num_sample_steps + 1, B * num_candidates, D]`.
-      (others: diffusion.process.Process.sample)
+      **options: of diffusion.process.Process.sample, whose B counts the
+        candidates.
 
     Returns:
       `image_embed` [B, D] in the CLIP's own space and `text_embed` [B, D],
@@ -173,9 +171,7 @@ class Task:
       sampler=sampler,
       num_sample_steps=num_sample_steps,
       guidance_scale=guidance_scale,
-      eta=eta,
-      noise=noise,
-      on_step=on_step,
+      **options,
     )
     candidates = embedding_space.decode(frozen["embedding_space"], x_0)
     candidates = candidates.reshape(B, n, D)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -94,13 +94,12 @@ class Task:
     *,
     num_sample_steps: int = 27,
     sampler: str = "ddim",
-    eta: float = 0.0,
-    noise: jax.Array | None = None,
-    on_step: Callable[[], None] | None = None,
+    **options: Any,
   ) -> dict[str, jax.Array]:
     """Draws `image` [B, scale * h, scale * w, 3] in [-1, 1] from `low_res`.
 
-    Options as in diffusion.process.Process.sample; the paper uses no guidance.
+    Other options as in diffusion.process.Process.sample; the paper uses no
+    guidance.
     """
     del frozen
     low_res = batch["low_res"]
@@ -125,9 +124,7 @@ class Task:
       rng,
       sampler=sampler,
       num_sample_steps=num_sample_steps,
-      eta=eta,
-      noise=noise,
-      on_step=on_step,
+      **options,
     )
     return {"image": jnp.clip(x_0, -1.0, 1.0)}
 

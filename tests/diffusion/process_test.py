@@ -1,0 +1,155 @@
+"""Options of sampling that a process adds to the bare samplers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.diffusion import gaussian, process, samplers
+
+PROCESS = process.Process(prediction="x_start")
+
+
+def _denoise(x_t, timesteps):
+  scale = (timesteps + 1).reshape((-1,) + (1,) * (x_t.ndim - 1)) / 1000
+  return jnp.tanh(x_t * (1 - scale)) + 0.2
+
+
+def _normal(shape, seed=0):
+  draws = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(draws, jnp.float32)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_every_sampler_is_a_function_of_its_key(sampler):
+  def draw(seed):
+    return PROCESS.sample(
+      _denoise,
+      (2, 3),
+      jax.random.key(seed),
+      sampler=sampler,
+      num_sample_steps=4,
+    )
+
+  np.testing.assert_array_equal(draw(0), draw(0))
+  assert np.abs(draw(0) - draw(1)).max() > 1e-3
+
+
+def test_x_T_starts_a_deterministic_sampler_without_a_key():
+  x_T = _normal((2, 3))
+  alone = PROCESS.sample(_denoise, (2, 3), None, x_T=x_T, num_sample_steps=5)
+  with_key = PROCESS.sample(
+    _denoise, (2, 3), jax.random.key(3), x_T=x_T, num_sample_steps=5
+  )
+  np.testing.assert_array_equal(alone, with_key)
+
+
+def test_inverting_and_sampling_gives_the_data_back():
+  levels = jnp.asarray(PROCESS.noise_schedule.alphas_cumprod, jnp.float32)
+
+  def denoise(x_t, timesteps):  # the best one for N(0, 0.25)
+    level = levels[timesteps].reshape(-1, 1, 1, 1)
+    return x_t * jnp.sqrt(level) / (level + 4 * (1 - level))
+
+  x = 0.5 * _normal((2, 4, 4, 3))
+  options = dict(num_sample_steps=500)
+  x_T = PROCESS.invert(denoise, x, **options)
+  back = PROCESS.sample(denoise, x.shape, None, x_T=x_T, **options)
+  assert np.abs(back - x).max() < 0.02
+
+
+def test_strength_says_how_many_steps_are_done():
+  seen = []
+
+  def denoise(x_t, timesteps):
+    jax.debug.callback(lambda t: seen.append(int(t)), timesteps[0])
+    return _denoise(x_t, timesteps)
+
+  init = jnp.full((2, 3), 0.5)
+  options = dict(num_sample_steps=10, init=init)
+  PROCESS.sample(denoise, (2, 3), jax.random.key(0), strength=0.3, **options)
+  jax.effects_barrier()
+  assert sorted(seen) == [0, 111, 222]
+  # One step from the least noise changes next to nothing.
+  weak = PROCESS.sample(
+    lambda x_t, t: x_t, (2, 3), jax.random.key(0), strength=0.1, **options
+  )
+  np.testing.assert_allclose(weak, init, atol=0.05)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_known_values_stay_bit_for_bit_and_are_seen_noised(sampler):
+  known = jnp.tanh(_normal((2, 4, 4, 3), seed=1))
+  is_known = jnp.zeros((1, 4, 4, 1), bool).at[:, :2].set(True)
+  x_T = _normal((2, 4, 4, 3))
+  seen = []
+
+  def denoise(x_t, timesteps):
+    jax.debug.callback(lambda x, t: seen.append((int(t), x)), x_t, timesteps[0])
+    return _denoise(x_t, timesteps)
+
+  x_0 = PROCESS.sample(
+    denoise,
+    known.shape,
+    jax.random.key(0),
+    sampler=sampler,
+    num_sample_steps=5,
+    x_T=x_T,
+    known=known,
+    is_known=is_known,
+  )
+  jax.effects_barrier()
+  np.testing.assert_array_equal(x_0[:, :2], known[:, :2])
+  assert np.abs(x_0[:, 2:] - known[:, 2:]).max() > 0.01
+  if sampler == "ddim":
+    t, x_t = next(x for x in seen if x[0] == 500)
+    level = PROCESS.noise_schedule.alphas_cumprod[[t, 999]]
+    # The noise that x_T holds over the known picture, at this level.
+    noise = (x_T - np.sqrt(level[1]) * known) / np.sqrt(1 - level[1])
+    expected = np.sqrt(level[0]) * known + np.sqrt(1 - level[0]) * noise
+    np.testing.assert_allclose(x_t[:, :2], expected[:, :2], atol=1e-4)
+
+
+def test_dynamic_threshold_scales_far_examples_only():
+  x = jnp.stack([jnp.linspace(-4, 4, 101), jnp.linspace(-0.5, 0.5, 101)])
+  y = gaussian.dynamic_threshold(0.9)(x)
+  np.testing.assert_allclose(y[1], x[1], atol=1e-6)
+  s = np.quantile(np.abs(x[0]), 0.9)
+  np.testing.assert_allclose(y[0], np.clip(x[0], -s, s) / s, atol=1e-5)
+  assert np.abs(y).max() <= 1.0 + 1e-6
+
+
+def test_guidance_by_two_scales_equals_by_one():
+  def denoise(x_t, timesteps):  # the condition is the share of the batch
+    shares = jnp.split(x_t, x_t.shape[0] // 2)
+    cond = [1.0, 0.0] if len(shares) == 2 else [1.0, 0.3, 0.0]
+    return jnp.concatenate([0.5 * x + c for x, c in zip(shares, cond)])
+
+  x_T = _normal((2, 3))
+  options = dict(x_T=x_T, num_sample_steps=4, guidance_scale=2.0)
+  one = PROCESS.sample(denoise, (2, 3), None, **options)
+  two = PROCESS.sample(
+    denoise, (2, 3), None, text_guidance_scale=2.0, **options
+  )
+  np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(sampler="ddmi"), "ddpm, ddim, dpmpp_2m, heun"),
+    (dict(sampler="ddpm", eta=0.5), "eta"),
+    (dict(init=jnp.zeros((2, 3)), strength=0.0), "strength"),
+    (dict(step_placement="x"), "step placement"),
+    (dict(dynamic_threshold=1.5), "percentile"),
+  ],
+)
+def test_mistakes_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    PROCESS.sample(
+      _denoise, (2, 3), jax.random.key(0), num_sample_steps=4, **options
+    )
+  with pytest.raises(ValueError, match="rng"):
+    PROCESS.sample(_denoise, (2, 3), None, num_sample_steps=4)
