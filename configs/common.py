@@ -43,6 +43,11 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
+def size(arg: ml_collections.ConfigDict) -> str | None:
+  """The argument that asks another config for the same size."""
+  return "smoke" if arg.smoke else "quick" if arg.quick else None
+
+
 def diffusion_evals(parts: tuple[str, ...]) -> ml_collections.ConfigDict:
   """Held-out loss, and a grid of drawn pictures with the given columns."""
   return ml_collections.ConfigDict(

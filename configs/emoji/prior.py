@@ -18,9 +18,7 @@ from unclip_jax.utils import config as config_lib
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = config_lib.parse_arg(arg, quick=False, smoke=False)
   config = common.base()
-  upstream = clip.get_config(
-    "smoke" if arg.smoke else "quick" if arg.quick else None
-  )
+  upstream = clip.get_config(common.size(arg))
   config.name = "prior"
   config.data = data.emoji(
     quick=arg.quick,

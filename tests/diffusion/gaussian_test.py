@@ -414,3 +414,31 @@ def test_mistakes_are_named(schedule, channels, prediction, variance, message):
       prediction=prediction,
       variance=variance,
     )
+
+
+def test_min_snr_weighs_x_start_alike_whatever_is_predicted():
+  schedule = schedules.make_schedule("cosine", T)
+  x_start, noise = _draw((len(TIMESTEPS), 6))
+  x_t = gaussian.q_sample(schedule, x_start, TIMESTEPS, noise)
+  guess = x_start + 0.1 * noise[::-1]
+  eps = gaussian.predict_eps(
+    schedule, guess, x_t, TIMESTEPS, prediction="x_start"
+  )
+  snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+  error = np.mean((guess - x_start) ** 2, axis=1)
+  expected = np.minimum(snr, 5.0)[np.asarray(TIMESTEPS)] * error
+  for prediction in PREDICTIONS:
+    losses = gaussian.training_losses(
+      schedule,
+      gaussian.target(schedule, guess, eps, TIMESTEPS, prediction),
+      x_start,
+      x_t,
+      TIMESTEPS,
+      noise,
+      prediction=prediction,
+      variance="fixed_small",
+      min_snr_gamma=5.0,
+    )
+    np.testing.assert_allclose(losses["loss"], expected, rtol=2e-3)
+  with pytest.raises(ValueError, match="gamma"):
+    gaussian.min_snr_weight(schedule, 0.0, "eps")

@@ -1,5 +1,7 @@
 """What the tasks promise beyond their networks and the diffusion maths."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from unclip_jax import trainer
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.tasks import prior_diffusion
 from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import errors
 
 
 @pytest.fixture(scope="module", params=["prior", "decoder"])
@@ -99,8 +102,6 @@ def test_decoder_takes_given_embeddings_in_place_of_the_picture(decoder):
 
 def test_dropped_conditions_do_not_reach_the_loss(run):
   """With probability 1 the loss is the same for any caption and picture."""
-  import dataclasses
-
   task, variables, frozen, batch = run
   drops = {
     f.name: 1.0
@@ -150,6 +151,32 @@ def test_clip_scale_is_clamped():
     assert output.metrics["logit_scale"] == pytest.approx(100, rel=1e-4)
     losses.append(output.loss)
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_the_sigmoid_loss_asks_for_a_bias():
+  task, variables, frozen, batch = _ready("clip")
+  task = dataclasses.replace(task, loss_type="sigmoid")
+  with pytest.raises(errors.UserError, match="logit_bias_init"):
+    task.loss(variables, frozen, batch, jax.random.key(0), step=0, train=True)
+
+
+def test_two_guidance_scales_that_are_equal_are_one(decoder):
+  task, variables, frozen, batch = decoder
+  options = dict(guidance_scale=3.0, num_sample_steps=2, sampler="ddim")
+  rng = jax.random.key(0)
+  one = task.sample(variables, frozen, batch, rng, **options)
+  two = task.sample(
+    variables, frozen, batch, rng, text_guidance_scale=3.0, **options
+  )
+  np.testing.assert_allclose(one["image"], two["image"], atol=1e-4)
+  # Without guidance on the text only the embedding counts.
+  less = dict(options, text_guidance_scale=0.0)
+  other = dict(batch, text_tokens=batch["text_tokens"][::-1])
+  a, b = (
+    task.sample(variables, frozen, x, rng, **less) for x in (batch, other)
+  )
+  np.testing.assert_allclose(a["image"], b["image"], atol=1e-4)
+  assert np.abs(a["image"] - one["image"]).max() > 1e-3
 
 
 def test_upsampler_draws_any_size():

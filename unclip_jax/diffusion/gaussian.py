@@ -386,6 +386,30 @@ def vlb_terms(
   return nats / np.log(2.0)
 
 
+def min_snr_weight(
+  schedule: schedules.NoiseSchedule, gamma: float, prediction: Prediction
+) -> np.ndarray:
+  """Min-SNR-gamma weights [T] of the prediction's squared error.
+
+  Hang et al. 2023 (arXiv 2303.09556, section 3.4): min(SNR, gamma) times the
+  error of x_start, which is that of eps over the SNR and that of v over the
+  SNR + 1.
+
+  Raises:
+    ValueError: an unknown prediction, or gamma <= 0.
+  """
+  if gamma <= 0:
+    raise ValueError(f"gamma must be positive, got {gamma}")
+  snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+  clipped = np.minimum(snr, gamma)
+  if prediction == "x_start":
+    return clipped
+  if prediction == "eps":
+    return clipped / snr
+  _check_is_v(prediction)
+  return clipped / (snr + 1.0)
+
+
 def training_losses(
   schedule: schedules.NoiseSchedule,
   model_output: jax.Array,
@@ -396,6 +420,7 @@ def training_losses(
   *,
   prediction: Prediction,
   variance: Variance,
+  min_snr_gamma: float | None = None,
 ) -> dict[str, jax.Array]:
   """L_simple (Ho, eq. 14) or L_hybrid (Nichol & Dhariwal, eq. 16), each [B].
 
@@ -413,10 +438,12 @@ def training_losses(
     noise: what x_t was made with.
     prediction: what the network predicts.
     variance: the kind of variance.
+    min_snr_gamma: weighs the mse by `min_snr_weight` with that gamma; 5 in
+      the source. None: all timesteps alike.
 
   Returns:
-    "loss", "mse" (of the prediction, mean over dimensions) and, with learned
-    variance, "vlb" (bits per dimension of this timestep's term).
+    "loss", "mse" (of the prediction, mean over dimensions, unweighted) and,
+    with learned variance, "vlb" (bits per dimension of this timestep's term).
 
   Raises:
     ValueError: an unknown prediction or variance, or channels that do not fit.
@@ -426,8 +453,12 @@ def training_losses(
     schedule, x_start, noise, timesteps, prediction
   )
   mse = _mean_per_example(jnp.square(error))
+  weighted = mse
+  if min_snr_gamma is not None:
+    weight = min_snr_weight(schedule, min_snr_gamma, prediction)
+    weighted = mse * jnp.asarray(weight, jnp.float32)[timesteps]
   if variance_output is None:
-    return {"loss": mse, "mse": mse}
+    return {"loss": weighted, "mse": mse}
   vlb = vlb_terms(
     schedule,
     jnp.concatenate([jax.lax.stop_gradient(output), variance_output], axis=-1),
@@ -437,5 +468,5 @@ def training_losses(
     prediction=prediction,
     variance=variance,
   )
-  loss = mse + schedule.num_timesteps / 1000.0 * vlb
+  loss = weighted + schedule.num_timesteps / 1000.0 * vlb
   return {"loss": loss, "mse": mse, "vlb": vlb}

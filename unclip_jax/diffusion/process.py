@@ -31,6 +31,7 @@ class Process:
     prediction: what the network gives: "eps", "x_start" or "v".
     variance: "fixed_small", "fixed_large" or "learned_range".
     clip_x_start: bound on |x_start| while sampling; None leaves it free.
+    min_snr_gamma: of the loss (gaussian.training_losses); None: unweighted.
   """
 
   schedule: str = "cosine"
@@ -39,6 +40,7 @@ class Process:
   prediction: str = "eps"
   variance: str = "fixed_small"
   clip_x_start: float | None = None
+  min_snr_gamma: float | None = None
 
   @functools.cached_property
   def noise_schedule(self) -> schedules.NoiseSchedule:
@@ -73,6 +75,7 @@ class Process:
       noise,
       prediction=self.prediction,
       variance=self.variance,
+      min_snr_gamma=self.min_snr_gamma,
     )
 
   def sample(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from unclip_jax.losses import contrastive
 from unclip_jax.tasks import base
+from unclip_jax.utils import errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Task:
     image_embed = normalize(output["image_embed"])
     text_embed = normalize(output["text_embed"])
     if self.loss_type == "sigmoid":
+      if "logit_bias" not in output:
+        raise errors.UserError(
+          "loss_type 'sigmoid' needs a bias: set config.model.logit_bias_init,"
+          " which is -10 in SigLIP"
+        )
       loss, metrics = contrastive.sigmoid(
         image_embed, text_embed, logit_scale, output["logit_bias"]
       )
