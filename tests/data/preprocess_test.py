@@ -147,6 +147,20 @@ def test_blur_touches_low_res_only_and_as_often_as_asked():
   assert 70 < times < 130
 
 
+def test_bsr_makes_low_res_anew_from_the_crop():
+  record = _record()
+  fields = {"image_size": 64, "low_res_size": 16, "crop_size": 32}
+  clean = _train(Preprocess(**fields), record)
+  degraded = _train(Preprocess(**fields, bsr_prob=1.0), record)
+  np.testing.assert_array_equal(degraded["image"], clean["image"])
+  assert degraded["low_res"].shape == (8, 8, 3)
+  assert np.abs(degraded["low_res"] - clean["low_res"]).max() > 0.02
+  again = _train(Preprocess(**fields, bsr_prob=1.0), record)
+  np.testing.assert_array_equal(again["low_res"], degraded["low_res"])
+  other = _train(Preprocess(**fields, bsr_prob=1.0), record, 1)
+  assert np.abs(other["low_res"] - degraded["low_res"]).max() > 0.02
+
+
 def test_flips_all_pictures_together_and_only_where_allowed():
   fields = {"image_size": 64, "clip_image_size": 32, "low_res_size": 16}
   preprocess = Preprocess(**fields, random_flip=True)
@@ -221,6 +235,7 @@ def test_damaged_pictures_are_one_line():
     ({"low_res_size": 16, "crop_size": 30}, "multiple"),
     ({"blur_prob": 0.5}, "low_res_size"),
     ({"low_res_size": 16, "blur_prob": 2.0}, "blur_prob"),
+    ({"bsr_prob": 0.5}, "low_res_size"),
     ({"blur_kernel": 4}, "odd"),
     ({"blur_sigma": 0.0}, "blur_sigma"),
     ({"context_length": 1}, "context_length"),

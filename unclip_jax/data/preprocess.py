@@ -48,6 +48,9 @@ class Preprocess:
       none; DALLE2-pytorch uses 0.5.
     blur_kernel: width of the blur in pixels (unCLIP: 3).
     blur_sigma: its standard deviation in pixels (unCLIP: 0.6).
+    bsr_prob: probability that `low_res` is made from `image` by the BSR
+      degradation (data/degradations.py) instead, in training; 1 for unCLIP's
+      second upsampler.
   """
 
   image_size: int
@@ -60,6 +63,7 @@ class Preprocess:
   blur_prob: float = 0.0
   blur_kernel: int = 3
   blur_sigma: float = 0.6
+  bsr_prob: float = 0.0
 
   def __post_init__(self):
     where = "config.data.preprocess"
@@ -82,10 +86,13 @@ class Preprocess:
         f" {self.image_size} and a multiple of image_size / low_res_size"
         f" = {self._factor}"
       )
-    if not 0.0 <= self.blur_prob <= 1.0:
-      raise UserError(f"{where}.blur_prob must be in [0, 1]")
-    if self.blur_prob and self.low_res_size is None:
-      raise UserError(f"{where}.blur_prob needs low_res_size: it blurs low_res")
+    for name in ("blur_prob", "bsr_prob"):
+      if not 0.0 <= getattr(self, name) <= 1.0:
+        raise UserError(f"{where}.{name} must be in [0, 1]")
+      if getattr(self, name) and self.low_res_size is None:
+        raise UserError(
+          f"{where}.{name} needs low_res_size: it changes low_res"
+        )
     if self.blur_kernel < 1 or self.blur_kernel % 2 == 0:
       raise UserError(
         f"{where}.blur_kernel must be odd, not {self.blur_kernel}"
@@ -145,6 +152,7 @@ class Preprocess:
     blur = rng.random() < self.blur_prob
     caption = int(rng.random() * len(record.captions)) * self.random_caption
     corner = rng.random(2)
+    degrade = rng.random() < self.bsr_prob
     if flip:
       pictures = {k: v[:, ::-1] for k, v in pictures.items()}
     example = {k: to_float(v) for k, v in pictures.items()}
@@ -154,6 +162,8 @@ class Preprocess:
       )
     if self.crop_size is not None:
       example |= self._crop(example, corner)
+    if degrade:
+      example["low_res"] = degradations.bsr(example["image"], self._factor, rng)
     return {**example, "caption": record.captions[caption]}
 
   def eval_example(
