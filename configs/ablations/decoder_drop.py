@@ -9,6 +9,8 @@ change at guidance_scale 1 and much where the text alone must do: see
 `three_decodings` of the pipeline. `text=1.0` asks whether the decoder needs the
 caption at all: it "offers little help" in section 2.1. Expect the same from
 true embeddings, and a loss from the prior's, whose errors captions make up for.
+`learned_null=false` puts zero in the place of a dropped embedding; the paper
+allows both.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from unclip_jax.utils import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = config_lib.parse_arg(
-    arg, image_embed=0.1, text=0.5, quick=False, smoke=False
+    arg, image_embed=0.1, text=0.5, learned_null=True, quick=False, smoke=False
   )
   config = decoder.get_config(common.size(arg))
   config.task.image_embed_drop_prob = arg.image_embed
   config.task.text_drop_prob = arg.text
+  config.model.learned_null_image_embed = arg.learned_null
   return config

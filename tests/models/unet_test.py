@@ -236,6 +236,29 @@ def test_dropped_conditions_have_zero_gradient_independently(variables):
   assert not np.any(null["null_image_embed"])
 
 
+def test_a_null_embedding_that_is_not_learned_is_zero(variables):
+  model = MODEL.clone(learned_null_image_embed=False)
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), X_T, TIMESTEPS, **CONDITIONS
+  )
+  params = dict(variables["params"])
+  del params["null_image_embed"]
+  assert jax.tree.structure(shapes["params"]) == jax.tree.structure(params)
+  dropped, _ = _apply(
+    {"params": params},
+    X_T,
+    TIMESTEPS,
+    model=model,
+    image_embed_drop=DROP,
+    **CONDITIONS,
+  )
+  image_embed = CONDITIONS["image_embed"] * ~DROP[:, None]
+  zero, _ = _apply(
+    variables, X_T, TIMESTEPS, **{**CONDITIONS, "image_embed": image_embed}
+  )
+  np.testing.assert_allclose(dropped, zero, rtol=1e-5, atol=1e-5)
+
+
 def test_dropped_text_does_not_depend_on_its_length(variables):
   dropped = {**CONDITIONS, "text_drop": np.ones(2, bool)}
   longer = {**dropped, "text_mask": np.ones((2, 5), bool)}

@@ -136,6 +136,8 @@ class Model(nn.Module):
     head_channels: size of an attention head.
     image_embed_dim: size of image_embed; None: not conditioned on it.
     num_image_embed_tokens: context tokens made of image_embed.
+    learned_null_image_embed: a dropped image_embed becomes a learned vector;
+      False: zero. The paper allows both (section 2.1).
     text_width: size of the text states; None: not conditioned on text.
     context_width: size of the context tokens; None: of the timestep embedding.
     patch_size: side of the squares of pixels that become one position.
@@ -155,6 +157,7 @@ class Model(nn.Module):
   head_channels: int = 64
   image_embed_dim: int | None = None
   num_image_embed_tokens: int = 4
+  learned_null_image_embed: bool = True
   text_width: int | None = None
   context_width: int | None = None
   patch_size: int = 1
@@ -404,9 +407,13 @@ class Model(nn.Module):
     time_width = 4 * self.channels
     context_width = self.context_width or time_width
     if self.image_embed_dim is not None:
-      self.null_image_embed = self.param(
-        "null_image_embed", normal, (self.image_embed_dim,)
-      )
+      null_shape = (self.image_embed_dim,)
+      if self.learned_null_image_embed:
+        self.null_image_embed = self.param(
+          "null_image_embed", normal, null_shape
+        )
+      else:
+        self.null_image_embed = jnp.zeros(null_shape)
       self.image_embed_time_proj = linear.Dense(time_width, dtype=self.dtype)
       self.image_embed_tokens_proj = linear.Dense(
         self.num_image_embed_tokens * context_width, dtype=self.dtype
