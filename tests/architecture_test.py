@@ -43,7 +43,7 @@ ALLOWED["inference"] = {
   *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils")
 }
 ALLOWED["interop"] = ALLOWED["inference"]
-ALLOWED["manipulations"] = {"data", "utils"}
+ALLOWED["manipulations"] = {"data", "metrics", "utils"}
 ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
 
 # Each may import anything; nobody imports them.

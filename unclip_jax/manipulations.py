@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip_jax.data import preprocess
+from unclip_jax.metrics import pictures
 from unclip_jax.utils import errors
 
 # A pipelines.UnCLIPPipeline; that module imports this one.
@@ -472,10 +473,11 @@ def inpaint(
   arrays = {}
   for name, side in pipe.sizes().items():
     factor = size // side
+    smaller = pictures.area_resize(known, side, side)
     # A pixel is known where all that it covers is.
     blocks = is_known.reshape(1, side, factor, side, factor, 1)
     arrays[name] = {
-      "known": _mean_blocks(known, factor).repeat(num_images, axis=0),
+      "known": smaller.astype(np.float32).repeat(num_images, axis=0),
       "is_known": blocks.all(axis=(2, 4)).repeat(num_images, axis=0),
     }
   options = {"guidance_scale": guidance_scale}
@@ -580,19 +582,13 @@ def _to_pil(image: Picture) -> Image.Image:
 
 def _arrays(images: Sequence[Picture], size: int) -> np.ndarray:
   """float32 [N, size, size, 3] in [-1, 1]."""
-  pictures = [preprocess.square(_to_pil(x).convert("RGB")) for x in images]
+  squares = [preprocess.square(_to_pil(x).convert("RGB")) for x in images]
   return np.stack(
     [
       preprocess.to_float(np.asarray(preprocess.resized(picture, size)))
-      for picture in pictures
+      for picture in squares
     ]
   )
-
-
-def _mean_blocks(x: np.ndarray, factor: int) -> np.ndarray:
-  B, H, W, C = x.shape
-  blocks = x.reshape(B, H // factor, factor, W // factor, factor, C)
-  return blocks.mean(axis=(2, 4), dtype=np.float32)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -257,8 +257,7 @@ class UnCLIPPipeline:
       },
     }
     options = {
-      name: self.options(name, {**stage, "sampler": sampler})
-      for name, stage in given.items()
+      name: {**stage, "sampler": sampler} for name, stage in given.items()
     }
     output = self.draw(
       self.tokenize(captions),
@@ -375,31 +374,30 @@ class UnCLIPPipeline:
   ) -> dict[str, jax.Array]:
     """One stage; its jitted function is kept by the options given."""
     part = self.parts[name]
-    cache_key = (name, callback is not None, tuple(sorted(static.items())))
-    if cache_key not in self._jitted:
-      # A stable trampoline: another callback does not compile again.
-      on_step = (lambda: self._on_step()) if callback is not None else None
+    # A stable trampoline: another callback does not compile again.
+    on_step = (lambda: self._on_step()) if callback is not None else None
 
-      def sample(
-        variables: Any,
-        frozen: Any,
-        batch: Any,
-        keys: Any,
-        noise: Any,
-        arrays: Any,
-      ) -> dict[str, jax.Array]:
-        return part.task.sample(
-          variables,
-          frozen,
-          batch,
-          keys,
-          noise=noise,
-          on_step=on_step,
-          **arrays,
-          **static,
-        )
+    def sample(
+      variables: Any,
+      frozen: Any,
+      batch: Any,
+      keys: Any,
+      noise: Any,
+      arrays: Any,
+    ) -> dict[str, jax.Array]:
+      return part.task.sample(
+        variables,
+        frozen,
+        batch,
+        keys,
+        noise=noise,
+        on_step=on_step,
+        **arrays,
+        **static,
+      )
 
-      self._jitted[cache_key] = jax.jit(sample)
+    key = (name, callback is not None, tuple(sorted(static.items())))
+    run = self.jitted(key, lambda: jax.jit(sample))
     if callback is not None:
       num_calls = samplers.num_network_calls(
         static["sampler"], static["num_sample_steps"]
@@ -410,9 +408,7 @@ class UnCLIPPipeline:
       "decoder": ("text_tokens", "text_mask", "image_embed"),
     }.get(name, ("low_res",))
     inputs = {k: batch[k] for k in names}
-    return self._jitted[cache_key](
-      part.variables, part.frozen, inputs, keys, noise, arrays
-    )
+    return run(part.variables, part.frozen, inputs, keys, noise, arrays)
 
   def predict_fns(self, seed: int = 0) -> dict[str, Predict]:
     """What evaluators may ask of the whole pipeline, by name.

@@ -156,7 +156,7 @@ class Preprocess:
     if flip:
       pictures = {k: v[:, ::-1] for k, v in pictures.items()}
     example = {k: to_float(v) for k, v in pictures.items()}
-    if blur:
+    if blur and not degrade:
       example["low_res"] = degradations.gaussian_blur(
         example["low_res"], kernel=self.blur_kernel, sigma=self.blur_sigma
       )

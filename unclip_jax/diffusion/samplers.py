@@ -134,29 +134,61 @@ def _scan_steps(
   return (x, trace) if return_trace else x
 
 
-def _x_start_and_eps(
+# (predicted x_start, the eps that with it makes up x_t, step, memory)
+# -> (next x_t, next memory)
+_SolveFn = Callable[
+  [jax.Array, jax.Array, _Step, _Memory], tuple[jax.Array, _Memory]
+]
+
+
+def _solve_steps(
+  solve_fn: _SolveFn,
+  denoise_fn: DenoiseFn,
   schedule: schedules.NoiseSchedule,
-  model_output: jax.Array,
-  step: _Step,
+  x: jax.Array,
+  indices: np.ndarray,
+  coefs: dict[str, np.ndarray],
   *,
   prediction: gaussian.Prediction,
   variance: gaussian.Variance,
   clip_x_start: gaussian.ClipXStart,
-) -> tuple[jax.Array, jax.Array]:
-  """Predicted x_start, and the eps that with it makes up x_t."""
-  x_start = gaussian.p_mean_variance(
+  return_trace: bool,
+  rng: jax.Array | None = None,
+  noise: jax.Array | None = None,
+  memory: _Memory = (),
+) -> jax.Array | tuple[jax.Array, Trace]:
+  """`_scan_steps` for DDIM and its kin, which know only x_start and eps."""
+
+  def update(
+    model_output: jax.Array, step: _Step, memory: _Memory
+  ) -> tuple[jax.Array, jax.Array, _Memory]:
+    x_start = gaussian.p_mean_variance(
+      schedule,
+      model_output,
+      step.x_t,
+      step.timesteps,
+      prediction=prediction,
+      variance=variance,
+      clip_x_start=clip_x_start,
+    ).x_start
+    eps = gaussian.predict_eps(
+      schedule, x_start, step.x_t, step.timesteps, prediction="x_start"
+    )
+    x_next, memory = solve_fn(x_start, eps, step, memory)
+    return x_next, x_start, memory
+
+  return _scan_steps(
+    update,
+    denoise_fn,
     schedule,
-    model_output,
-    step.x_t,
-    step.timesteps,
-    prediction=prediction,
-    variance=variance,
-    clip_x_start=clip_x_start,
-  ).x_start
-  eps = gaussian.predict_eps(
-    schedule, x_start, step.x_t, step.timesteps, prediction="x_start"
+    x,
+    indices,
+    coefs,
+    rng=rng,
+    noise=noise,
+    return_trace=return_trace,
+    memory=memory,
   )
-  return x_start, eps
 
 
 def ddpm(
@@ -279,24 +311,16 @@ def ddim(
     "noise": sigma,
   }
 
-  def update(
-    model_output: jax.Array, step: _Step, memory: _Memory
-  ) -> tuple[jax.Array, jax.Array, _Memory]:
-    x_start, eps = _x_start_and_eps(
-      schedule,
-      model_output,
-      step,
-      prediction=prediction,
-      variance=variance,
-      clip_x_start=clip_x_start,
-    )
+  def solve(
+    x_start: jax.Array, eps: jax.Array, step: _Step, memory: _Memory
+  ) -> tuple[jax.Array, _Memory]:
     x_next = step.coefs["x_start"] * x_start + step.coefs["eps"] * eps
     if eta > 0:
       x_next += step.coefs["noise"] * step.noise
-    return x_next, x_start, memory
+    return x_next, memory
 
-  return _scan_steps(
-    update,
+  return _solve_steps(
+    solve,
     denoise_fn,
     schedule,
     x_T,
@@ -304,6 +328,9 @@ def ddim(
     {name: table[::-1] for name, table in tables.items()},
     rng=rng if eta > 0 else None,
     noise=noise if eta > 0 else None,
+    prediction=prediction,
+    variance=variance,
+    clip_x_start=clip_x_start,
     return_trace=return_trace,
   )
 
@@ -357,30 +384,23 @@ def ddim_inverse(
   steps = np.arange(schedule.num_timesteps).repeat(num_calls)
   is_first = np.arange(len(steps)) % num_calls == 0
 
-  def update(
-    model_output: jax.Array, step: _Step, start: _Memory
-  ) -> tuple[jax.Array, jax.Array, _Memory]:
-    predicted, eps = _x_start_and_eps(
-      schedule,
-      model_output,
-      step,
-      prediction=prediction,
-      variance=variance,
-      clip_x_start=clip_x_start,
-    )
+  def solve(
+    x_start: jax.Array, eps: jax.Array, step: _Step, start: _Memory
+  ) -> tuple[jax.Array, _Memory]:
     start = jnp.where(step.coefs["is_first"] > 0, step.x_t, start)
     x_next = step.coefs["x"] * start + step.coefs["eps"] * eps
-    return x_next, predicted, start
+    return x_next, start
 
-  return _scan_steps(
-    update,
+  return _solve_steps(
+    solve,
     denoise_fn,
     schedule,
     x_start,
     np.where(is_first, np.maximum(steps - 1, 0), steps),
     {"x": coef_x[steps], "eps": coef_eps[steps], "is_first": is_first},
-    rng=None,
-    noise=None,
+    prediction=prediction,
+    variance=variance,
+    clip_x_start=clip_x_start,
     return_trace=return_trace,
     memory=jnp.zeros(x_start.shape, jnp.float32),
   )
@@ -429,31 +449,24 @@ def dpmpp_2m(
     "extrapolation": extrapolation,
   }
 
-  def update(
-    model_output: jax.Array, step: _Step, previous: _Memory
-  ) -> tuple[jax.Array, jax.Array, _Memory]:
-    x_start, _ = _x_start_and_eps(
-      schedule,
-      model_output,
-      step,
-      prediction=prediction,
-      variance=variance,
-      clip_x_start=clip_x_start,
-    )
+  def solve(
+    x_start: jax.Array, eps: jax.Array, step: _Step, previous: _Memory
+  ) -> tuple[jax.Array, _Memory]:
     coefs = step.coefs
     extrapolated = x_start + coefs["extrapolation"] * (x_start - previous)
     x_next = coefs["x_t"] * step.x_t + coefs["x_start"] * extrapolated
-    return x_next, x_start, x_start
+    return x_next, x_start
 
-  return _scan_steps(
-    update,
+  return _solve_steps(
+    solve,
     denoise_fn,
     schedule,
     x_T,
     np.arange(schedule.num_timesteps)[::-1],
     {name: table[::-1] for name, table in tables.items()},
-    rng=None,
-    noise=None,
+    prediction=prediction,
+    variance=variance,
+    clip_x_start=clip_x_start,
     return_trace=return_trace,
     memory=jnp.zeros(x_T.shape, jnp.float32),
   )
@@ -507,17 +520,9 @@ def heun(
     "weight": weight,
   }
 
-  def update(
-    model_output: jax.Array, step: _Step, start: _Memory
-  ) -> tuple[jax.Array, jax.Array, _Memory]:
-    x_start, _ = _x_start_and_eps(
-      schedule,
-      model_output,
-      step,
-      prediction=prediction,
-      variance=variance,
-      clip_x_start=clip_x_start,
-    )
+  def solve(
+    x_start: jax.Array, eps: jax.Array, step: _Step, start: _Memory
+  ) -> tuple[jax.Array, _Memory]:
     coefs = step.coefs
     is_correction = coefs["is_correction"] > 0
     start_x_t, start_x_start = start  # of the step that is being corrected
@@ -525,18 +530,19 @@ def heun(
     x_next = coefs["x_t"] * jnp.where(
       is_correction, start_x_t, step.x_t
     ) + coefs["x_start"] * jnp.where(is_correction, corrected, x_start)
-    return x_next, x_start, (step.x_t, x_start)
+    return x_next, (step.x_t, x_start)
 
   zeros = jnp.zeros(x_T.shape, jnp.float32)
-  return _scan_steps(
-    update,
+  return _solve_steps(
+    solve,
     denoise_fn,
     schedule,
     x_T,
     step_from - is_correction,
     tables,
-    rng=None,
-    noise=None,
+    prediction=prediction,
+    variance=variance,
+    clip_x_start=clip_x_start,
     return_trace=return_trace,
     memory=(zeros, zeros),
   )
