@@ -250,3 +250,24 @@ def test_edit_writes_a_sheet(pipe, tmp_path, run_python):
   assert sheet.size == (3 * 66 + 2, 2 * 66 + 2)
   failed = run_python(*command, "--verb=inpaint", check=False)
   assert failed.returncode == 2 and "--mask" in failed.stderr
+
+
+def test_the_analytic_variance_is_estimated_and_kept(pipe, tmp_path):
+  parts = dict(pipe.parts)
+  pipe = pipelines.UnCLIPPipeline(parts)
+  pipe.fit_variance("prior", examples_per_timestep=1, batch_size=100)
+  table = pipe.parts["prior"].frozen["x_start_mse"]
+  assert table.shape == (1000,) and np.all(table > 0)
+  assert "x_start_mse" not in parts["prior"].frozen
+  pipe.save_pretrained(str(tmp_path))
+  loaded = pipelines.UnCLIPPipeline.from_pretrained(str(tmp_path))
+  assert loaded.parts["prior"].task.diffusion.variance == "analytic"
+  draw = lambda pipe: pipe("a cat", output_type="np", seed=1)  # noqa: E731
+  drawn = draw(pipe)
+  np.testing.assert_array_equal(draw(loaded).images, drawn.images)
+  before = draw(pipelines.UnCLIPPipeline(parts))
+  assert np.abs(before.image_embeds - drawn.image_embeds).max() > 1e-3
+  with pytest.raises(errors.UserError, match="learned its variance"):
+    pipe.fit_variance("decoder")
+  with pytest.raises(errors.UserError, match="no diffusion stage"):
+    pipe.fit_variance("clip")

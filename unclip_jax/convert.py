@@ -3,6 +3,8 @@
   unclip convert --from runs --src runs/emoji --out runs/emoji/model
 
 SRC holds a run folder for each part: clip, prior, decoder, upsampler_SIZE.
+`--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
+must know.
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from unclip_jax.utils import errors, programs
 FROM = flags.DEFINE_enum("from", "runs", ["runs"], "What SRC holds.")
 SRC = flags.DEFINE_string("src", None, "Folder to read.", required=True)
 OUT = flags.DEFINE_string("out", None, "Model folder to write.", required=True)
+FIT_VARIANCE = flags.DEFINE_multi_string(
+  "fit_variance",
+  [],
+  "A part whose ddpm sampler gets the analytic variance, estimated from its "
+  "training data; may be repeated.",
+)
 
 
 def run_folders(src: str) -> dict[str, str]:
@@ -48,6 +56,8 @@ def run_folders(src: str) -> dict[str, str]:
 
 def main() -> None:
   pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(SRC.value))
+  for name in FIT_VARIANCE.value:
+    pipe.fit_variance(name)
   pipe.save_pretrained(OUT.value)
   print(f"the model is in {OUT.value}")
 

@@ -8,11 +8,13 @@ gives the same pictures whatever the batch size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +25,8 @@ from unclip_jax import __version__, checkpoints, inference, manipulations
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import preprocess, tokenizers
 from unclip_jax.diffusion import samplers
-from unclip_jax.utils import errors
+from unclip_jax.tasks import base as tasks_base
+from unclip_jax.utils import errors, progress
 
 INDEX = "model_index.json"
 to_pil = preprocess.to_pil
@@ -178,6 +181,61 @@ class UnCLIPPipeline:
         for batch in batches
       ]
     )
+
+  def fit_variance(
+    self,
+    name: str,
+    *,
+    examples_per_timestep: int = 64,
+    batch_size: int = 64,
+    seed: int = 0,
+  ) -> None:
+    """Gives a stage the analytic variance, estimated from its training data.
+
+    From then on `ddpm` draws with it (diffusion.gaussian.AnalyticVariance:
+    Analytic-DPM, the sampler of the paper's prior), and `save_pretrained`
+    keeps it.
+
+    Raises:
+      UserError: the stage has no diffusion process, or learns its variance.
+    """
+    part = self.parts.get(name)
+    if not hasattr(getattr(part, "task", None), "diffusion"):
+      raise errors.UserError(
+        f"'{name}' is no diffusion stage of this model: use one of "
+        f"{', '.join(self._stages)}"
+      )
+    if part.task.diffusion.learned_variance:
+      raise errors.UserError(
+        f"'{name}' learned its variance: there is none to estimate"
+      )
+    config = part.config.copy_and_resolve_references()
+    data = data_pipeline.DataPipeline.from_config(
+      config.data,
+      seed=config.seed,
+      assets_dir=self.parts["clip"].assets_dir,
+    )
+    num_timesteps = part.task.diffusion.num_timesteps
+    num_batches = -(-num_timesteps * examples_per_timestep // batch_size)
+    batches = data.train_batches(0, batch_size)
+    with progress.Progress(f"variance of {name}", num_batches) as bar:
+      table = tasks_base.fit_x_start_mse(
+        part.task,
+        part.variables,
+        part.frozen,
+        _counted(itertools.islice(batches, num_batches), bar),
+        jax.random.key(seed),
+      )
+    batches.close()
+    with config.unlocked():
+      config.task.process.variance = "analytic"
+    process = {**part.task.process, "variance": "analytic"}
+    self.parts[name] = part._replace(
+      task=dataclasses.replace(part.task, process=process),
+      frozen={**part.frozen, "x_start_mse": table},
+      config=config,
+    )
+    self._jitted.clear()
 
   # The paper's manipulations, and the editing that users expect.
   encode = manipulations.encode
@@ -454,6 +512,15 @@ class UnCLIPPipeline:
       "prior": prior_fn,
       "text_to_image": text_to_image,
     }
+
+
+def _counted(
+  batches: Iterable[Arrays], bar: progress.Progress
+) -> Iterator[Arrays]:
+  """The batches, with the bar moved on after each."""
+  for done, batch in enumerate(batches, 1):
+    yield batch
+    bar.update(done)
 
 
 def _counter(

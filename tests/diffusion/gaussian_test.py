@@ -210,6 +210,30 @@ def test_learned_range_ends_at_the_posterior_and_at_beta(schedule):
   np.testing.assert_array_equal(large[0], small[0])
 
 
+def test_the_analytic_variance_is_that_of_the_theorem(schedule):
+  """Bao et al. 2022, theorem 1, from the score's norm on N(0, 0.25)."""
+  schedule = schedule.respace(range(0, schedule.num_timesteps, 7))
+  level, last = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+  score_norm = 1 / (level * 0.25 + 1 - level)  # Gamma: E score^2 a dimension
+  posterior = schedule.posterior_variance
+  theorem = posterior + (
+    np.sqrt((1 - level) / (1 - schedule.betas)) - np.sqrt(1 - last - posterior)
+  ) ** 2 * (1 - (1 - level) * score_norm)
+  table = np.zeros(schedule.timestep_map[-1] + 1)
+  table[schedule.timestep_map] = 0.25 * (1 - level) * score_norm
+  x = jnp.zeros((schedule.num_timesteps, 3))
+  found = gaussian.p_mean_variance(
+    schedule,
+    x,
+    x,
+    jnp.arange(schedule.num_timesteps),
+    prediction="eps",
+    variance=gaussian.AnalyticVariance(jnp.asarray(table, jnp.float32)),
+  ).log_variance
+  expected = np.broadcast_to(np.log(theorem)[:, None], x.shape)
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_variance_channels_are_the_last_half():
   output, variance_output = gaussian.split_variance(
     jnp.arange(12.0).reshape(2, 6)

@@ -153,3 +153,37 @@ def test_mistakes_are_named(options, message):
     )
   with pytest.raises(ValueError, match="rng"):
     PROCESS.sample(_denoise, (2, 3), None, num_sample_steps=4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_start", "v"])
+def test_the_error_of_x_start_follows_from_that_of_the_prediction(prediction):
+  diffusion = process.Process(prediction=prediction)
+  x_start, timesteps = _normal((6, 4)), jnp.arange(100, 700, 100)
+  losses = diffusion.loss(
+    lambda x_t, t: 0.3 * x_t, x_start, jax.random.key(0), timesteps
+  )
+  noise = jax.random.normal(jax.random.split(jax.random.key(0))[1], (6, 4))
+  schedule = diffusion.noise_schedule
+  x_t = gaussian.q_sample(schedule, x_start, timesteps, noise)
+  predicted = gaussian.predict_x_start(
+    schedule, 0.3 * x_t, x_t, timesteps, prediction=prediction
+  )
+  by_timestep = np.zeros(diffusion.num_timesteps)
+  by_timestep[timesteps] = losses["mse"]
+  found = diffusion.x_start_mse(by_timestep)[np.asarray(timesteps)]
+  expected = np.mean((predicted - x_start) ** 2, axis=1)
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_analytic_variance_is_fixed_small_until_it_is_known():
+  draw = lambda variance, **table: process.Process(  # noqa: E731
+    prediction="x_start", variance=variance
+  ).sample(
+    _denoise, (2, 3), jax.random.key(0), sampler="ddpm", num_sample_steps=4,
+    **table,
+  )  # fmt: skip
+  np.testing.assert_array_equal(draw("analytic"), draw("fixed_small"))
+  none, some = jnp.zeros(1000), jnp.full(1000, 0.5)
+  exact = draw("analytic", x_start_mse=none)
+  np.testing.assert_allclose(exact, draw("fixed_small"), atol=1e-4)
+  assert np.abs(draw("analytic", x_start_mse=some) - exact).max() > 0.05

@@ -20,10 +20,15 @@ MEAN, STD = 0.3, 0.5
 SCHEDULE = schedules.make_schedule("cosine", 1000)
 LEVELS = jnp.asarray(SCHEDULE.alphas_cumprod, jnp.float32)
 PREDICTIONS = ["eps", "x_start", "v"]
+# E (x_start - its best prediction)^2, by timestep.
+X_START_MSE = STD**2 * (1 - LEVELS) / (LEVELS * STD**2 + 1 - LEVELS)
 SAMPLERS = {
   "ddpm_small": functools.partial(samplers.ddpm, variance="fixed_small"),
   "ddpm_large": functools.partial(samplers.ddpm, variance="fixed_large"),
   "ddpm_learned": functools.partial(samplers.ddpm, variance="learned_range"),
+  "ddpm_analytic": functools.partial(
+    samplers.ddpm, variance=gaussian.AnalyticVariance(X_START_MSE)
+  ),
   "ddim_0": functools.partial(samplers.ddim, variance="fixed_small", eta=0.0),
   "ddim_half": functools.partial(
     samplers.ddim, variance="learned_range", eta=0.5
@@ -121,8 +126,9 @@ def _run(name, num_steps, prediction="x_start", **kwargs):
 
 @pytest.mark.parametrize("num_steps", [2, 20])
 @pytest.mark.parametrize("shape", [(3,), (2, 2, 3)])
-def test_ddpm_with_the_true_variance_is_exact_for_any_steps(num_steps, shape):
-  mean, variance = _moments(_run("ddpm_learned", num_steps), num_steps, shape)
+@pytest.mark.parametrize("name", ["ddpm_learned", "ddpm_analytic"])
+def test_ddpm_with_the_true_variance_is_exact(name, num_steps, shape):
+  mean, variance = _moments(_run(name, num_steps), num_steps, shape)
   # The last step returns a mean: it leaves out what x_{t=0} does not tell.
   level = SCHEDULE.respace(num_steps).alphas_cumprod[0]
   told = level * STD**2 / (level * STD**2 + 1 - level)

@@ -9,10 +9,10 @@ import pytest
 
 from tests import random_variables
 from unclip_jax import trainer
+from unclip_jax.tasks import base, prior_diffusion
 from unclip_jax.tasks import clip as clip_task
-from unclip_jax.tasks import prior_diffusion
 from unclip_jax.utils import config as config_lib
-from unclip_jax.utils import errors
+from unclip_jax.utils import embedding_space, errors
 
 
 @pytest.fixture(scope="module", params=["prior", "decoder"])
@@ -192,3 +192,20 @@ def test_upsampler_draws_any_size():
     )["image"]
     assert image.shape == (2, 4 * h, 4 * w, 3)
     assert np.abs(image).max() <= 1
+
+
+def test_the_error_of_x_start_is_estimated_timestep_by_timestep(prior):
+  """Of a network that predicts 0 the error is the data's second moment."""
+  task, variables, frozen, batch = prior
+  batch = {k: v for k, v in batch.items() if k != "timesteps"}
+  silent = jax.tree.map(jnp.zeros_like, variables)
+  table = base.fit_x_start_mse(
+    task, silent, frozen, [batch] * 500, jax.random.key(0)
+  )
+  assert table.shape == (1000,)
+  # Row i % 4 of the batch stands at timestep i, and comes twice in 500 calls.
+  x_start = embedding_space.encode(
+    frozen["embedding_space"], task._true_image_embed(frozen, batch)
+  )
+  by_row = np.mean(x_start**2, axis=1)
+  np.testing.assert_allclose(table, np.tile(by_row, 250), rtol=1e-4)

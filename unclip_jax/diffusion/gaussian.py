@@ -12,8 +12,9 @@ Ho et al. 2020 (arXiv 2006.11239), (2) is section 4 of Salimans & Ho 2022
 the reverse step (`variance`) are independent choices:
 
   prediction  "eps", "x_start" or "v"
-  variance    "fixed_small", "fixed_large" (Ho et al., section 3.2), or
+  variance    "fixed_small", "fixed_large" (Ho et al., section 3.2),
               "learned_range" (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15)
+              or an `AnalyticVariance`, estimated from data after training
 
 `timesteps` is int32 [B] and counts in the given schedule, 0 = least noise. The
 network itself must be told `schedule.timestep_map[timesteps]`. Results are
@@ -35,7 +36,26 @@ import numpy as np
 from unclip_jax.diffusion import schedules
 
 Prediction = Literal["eps", "x_start", "v"]
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+
+
+class AnalyticVariance(NamedTuple):
+  """The best variance of the reverse step that is one number a timestep.
+
+  Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1), with lambda_n^2
+  the posterior's variance. In our terms: that variance, plus the squared weight
+  of x_start in the posterior's mean times the mean squared error per dimension
+  of the predicted x_start. For the best predictor the error is what the paper
+  computes from the score's norm, (1 - a) / a (1 - (1 - a) Gamma); for another
+  one it is still the best variance (Bao et al. 2022, arXiv 2206.07309,
+  theorem 2), and never negative.
+  """
+
+  x_start_mse: jax.Array  # float32 [T], by the network's timestep
+
+
+Variance = (
+  Literal["fixed_small", "fixed_large", "learned_range"] | AnalyticVariance
+)
 # A bound on |x_start|, or a function of the predicted x_start; None: as it is.
 ClipXStart = float | Callable[[jax.Array], jax.Array] | None
 
@@ -48,7 +68,9 @@ class MeanVariance(NamedTuple):
   x_start: jax.Array  # the prediction that the mean is computed from
 
 
-def _at(table: np.ndarray, timesteps: jax.Array, x: jax.Array) -> jax.Array:
+def _at(
+  table: np.ndarray | jax.Array, timesteps: jax.Array, x: jax.Array
+) -> jax.Array:
   """table[timesteps] in float32, shaped [B, 1, ...] to broadcast against x."""
   values = jnp.asarray(table, jnp.float32)[timesteps]
   return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
@@ -220,13 +242,21 @@ def _log_variance(
     log_betas = np.log(schedule.betas)
     log_betas[0] = schedule.posterior_log_variance_clipped[0]
     return jnp.broadcast_to(_at(log_betas, timesteps, x_t), x_t.shape)
+  if isinstance(variance, AnalyticVariance):
+    error = variance.x_start_mse[schedule.timestep_map]
+    total = (
+      schedule.posterior_variance
+      + schedule.posterior_mean_coef_x_start**2 * error
+    )
+    log_total = jnp.log(jnp.maximum(total, 1e-20))
+    return jnp.broadcast_to(_at(log_total, timesteps, x_t), x_t.shape)
   if variance == "learned_range":
     large = _at(np.log(schedule.betas), timesteps, x_t)
     fraction = (variance_output.astype(jnp.float32) + 1.0) / 2.0
     return fraction * large + (1.0 - fraction) * small
   raise ValueError(
     f"unknown variance {variance!r}: use 'fixed_small', 'fixed_large' or"
-    " 'learned_range'"
+    " 'learned_range', or an AnalyticVariance"
   )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.diffusion import gaussian, guidance, samplers, schedules
 
@@ -29,7 +30,9 @@ class Process:
     num_timesteps: T.
     snr_scale: factor on the schedule's signal-to-noise ratios.
     prediction: what the network gives: "eps", "x_start" or "v".
-    variance: "fixed_small", "fixed_large" or "learned_range".
+    variance: "fixed_small", "fixed_large", "learned_range" or "analytic"
+      (gaussian.AnalyticVariance), which is "fixed_small" as long as its table
+      has not been estimated.
     clip_x_start: bound on |x_start| while sampling; None leaves it free.
     min_snr_gamma: of the loss (gaussian.training_losses); None: unweighted.
   """
@@ -53,17 +56,25 @@ class Process:
     return self.variance == "learned_range"
 
   def loss(
-    self, denoise_fn: DenoiseFn, x_start: jax.Array, rng: jax.Array
+    self,
+    denoise_fn: DenoiseFn,
+    x_start: jax.Array,
+    rng: jax.Array,
+    timesteps: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
-    """Training loss at one uniformly drawn timestep per example.
+    """Training loss at one timestep per example.
+
+    Args:
+      timesteps: [B] int32; None: drawn uniformly.
 
     Returns:
       `loss` [B] and its parts (gaussian.training_losses).
     """
     timestep_rng, noise_rng = jax.random.split(rng)
-    timesteps = jax.random.randint(
-      timestep_rng, x_start.shape[:1], 0, self.num_timesteps
-    )
+    if timesteps is None:
+      timesteps = jax.random.randint(
+        timestep_rng, x_start.shape[:1], 0, self.num_timesteps
+      )
     noise = jax.random.normal(noise_rng, x_start.shape, x_start.dtype)
     x_t = gaussian.q_sample(self.noise_schedule, x_start, timesteps, noise)
     return gaussian.training_losses(
@@ -74,9 +85,22 @@ class Process:
       timesteps,
       noise,
       prediction=self.prediction,
-      variance=self.variance,
+      variance=self._variance(None),
       min_snr_gamma=self.min_snr_gamma,
     )
+
+  def x_start_mse(self, mse: np.ndarray) -> np.ndarray:
+    """The error of x_start [T], given that of the prediction [T]."""
+    level = self.noise_schedule.alphas_cumprod
+    factor = {"x_start": 1.0, "v": 1 - level, "eps": (1 - level) / level}
+    return mse * factor[self.prediction]
+
+  def _variance(self, x_start_mse: jax.Array | None) -> gaussian.Variance:
+    if self.variance != "analytic":
+      return self.variance
+    if x_start_mse is None:
+      return "fixed_small"
+    return gaussian.AnalyticVariance(x_start_mse)
 
   def sample(
     self,
@@ -94,6 +118,7 @@ class Process:
     clip_x_start: gaussian.ClipXStart = None,
     dynamic_threshold: float | None = None,
     eta: float = 0.0,
+    x_start_mse: jax.Array | None = None,
     x_T: jax.Array | None = None,
     init: jax.Array | None = None,
     strength: float = 1.0,
@@ -121,6 +146,8 @@ class Process:
       dynamic_threshold: percentile of gaussian.dynamic_threshold, in place of
         plain clipping.
       eta: DDIM's share of fresh noise; the other samplers take none.
+      x_start_mse: [T], the table of gaussian.AnalyticVariance, where that is
+        the process's variance.
       x_T: `shape`, where sampling starts; drawn where it is None.
       init: `shape`, data to start from in place of pure noise: the last
         `strength` of the steps is done, from `init` noised by x_T to the first
@@ -186,7 +213,7 @@ class Process:
       step_rng,
       num_steps=steps,
       prediction=self.prediction,
-      variance=self.variance,
+      variance=self._variance(x_start_mse),
       clip_x_start=clip_x_start,
       noise=step_noise,
       **({"eta": eta} if sampler == "ddim" else {}),
@@ -215,7 +242,7 @@ class Process:
         self.num_timesteps, num_sample_steps, step_placement
       ),
       prediction=self.prediction,
-      variance=self.variance,
+      variance=self._variance(None),
       clip_x_start=self.clip_x_start,
       num_refinements=num_refinements,
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from unclip_jax.utils import config as config_lib
 
@@ -61,7 +62,11 @@ class Task(Protocol):
     step: jax.Array,
     train: bool,
   ) -> LossOutput:
-    """The objective for one batch; pure."""
+    """The objective for one batch; pure.
+
+    A diffusion task takes its `timesteps` [B] from the batch, if they are
+    there, in place of drawing them.
+    """
 
   def sample(
     self,
@@ -99,6 +104,45 @@ def build(
   return config_lib.construct(
     task, config.task, where="config.task", model=model, upstream=upstream or {}
   )
+
+
+def fit_x_start_mse(
+  task: Any,
+  variables: Variables,
+  frozen: Frozen,
+  batches: Iterable[Batch],
+  rng: jax.Array,
+) -> jax.Array:
+  """The table of diffusion.gaussian.AnalyticVariance, by Monte Carlo.
+
+  Args:
+    task: has a `diffusion` process and gives the metric `mse`.
+    batches: of one size B; row after row takes the next timestep, so that with
+      n T / B of them every timestep gets n examples.
+
+  Returns:
+    float32 [T].
+  """
+  process = task.diffusion
+  T = process.num_timesteps
+
+  @jax.jit
+  def mse(
+    variables: Variables, frozen: Frozen, batch: Batch, rng: jax.Array
+  ) -> jax.Array:
+    step = jnp.zeros((), jnp.int32)
+    output = task.loss(variables, frozen, batch, rng, step=step, train=False)
+    return output.metrics["mse"]
+
+  sums, counts = np.zeros(T), np.zeros(T)
+  for i, batch in enumerate(batches):
+    B = len(jax.tree.leaves(batch)[0])
+    timesteps = (i * B + np.arange(B)) % T
+    inputs = {**batch, "timesteps": jnp.asarray(timesteps, jnp.int32)}
+    errors = mse(variables, frozen, inputs, jax.random.fold_in(rng, i))
+    np.add.at(sums, timesteps, errors)
+    np.add.at(counts, timesteps, 1)
+  return jnp.asarray(process.x_start_mse(sums / counts), jnp.float32)
 
 
 def loss_predict_fn(task: Task) -> PredictFn:

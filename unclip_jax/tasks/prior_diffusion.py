@@ -123,7 +123,9 @@ class Task:
       )
       return model_output
 
-    losses = self.diffusion.loss(denoise_fn, x_start, diffusion_rng)
+    losses = self.diffusion.loss(
+      denoise_fn, x_start, diffusion_rng, batch.get("timesteps")
+    )
     return base.LossOutput(losses.pop("loss"), losses, {})
 
   def sample(
@@ -171,6 +173,7 @@ class Task:
       sampler=sampler,
       num_sample_steps=num_sample_steps,
       guidance_scale=guidance_scale,
+      x_start_mse=frozen.get("x_start_mse"),
       **options,
     )
     candidates = embedding_space.decode(frozen["embedding_space"], x_0)

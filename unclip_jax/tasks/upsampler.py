@@ -82,7 +82,9 @@ class Task:
       )
       return model_output
 
-    losses = self.diffusion.loss(denoise_fn, batch["image"], diffusion_rng)
+    losses = self.diffusion.loss(
+      denoise_fn, batch["image"], diffusion_rng, batch.get("timesteps")
+    )
     return base.LossOutput(losses.pop("loss"), losses, {})
 
   def sample(
@@ -101,7 +103,6 @@ class Task:
     Other options as in diffusion.process.Process.sample; the paper uses no
     guidance.
     """
-    del frozen
     low_res = batch["low_res"]
     B, h, w, C = low_res.shape
     # Without attention nothing but the picture conditions the network, so the
@@ -124,6 +125,7 @@ class Task:
       rng,
       sampler=sampler,
       num_sample_steps=num_sample_steps,
+      x_start_mse=frozen.get("x_start_mse"),
       **options,
     )
     return {"image": jnp.clip(x_0, -1.0, 1.0)}
