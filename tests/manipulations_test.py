@@ -237,18 +237,17 @@ def test_bad_numbers_of_pictures_and_prompts_are_named(pipe):
 def test_edit_writes_a_sheet(pipe, tmp_path, run_python):
   pipe.save_pretrained(str(tmp_path / "model"))
   picture(0).save(tmp_path / "a.png")
-  command = [
-    "-m",
-    "unclip_jax.edit",
+  program = ["-m", "unclip_jax.edit"]
+  options = [
     f"--model={tmp_path / 'model'}",
     f"--image={tmp_path / 'a.png'}",
     f"--out={tmp_path / 'new' / 'out.png'}",
   ]
-  run_python(*command, "--verb=variations", "--num_images=3")
+  run_python(*program, "variations", *options, "--num_images=3")
   sheet = PIL.Image.open(tmp_path / "new" / "out.png")
   # One row of the given picture, one of the three that were drawn.
   assert sheet.size == (3 * 66 + 2, 2 * 66 + 2)
-  failed = run_python(*command, "--verb=inpaint", check=False)
+  failed = run_python(*program, "inpaint", *options, check=False)
   assert failed.returncode == 2 and "--mask" in failed.stderr
 
 

@@ -48,7 +48,7 @@ def program(tmp_path_factory):
           raise KeyboardInterrupt
 
       if __name__ == "__main__":
-        programs.run(main)
+        programs.run(main, argument="mode")
     ''')
   )
 
@@ -111,7 +111,7 @@ def test_missing_config_file(program):
 
 
 def test_bug_keeps_its_traceback(program):
-  done = program("--config=config.py", "--mode=bug")
+  done = program("bug", "--config=config.py")
   assert done.returncode == 1
   assert "Traceback" in done.stderr and "our bug" in done.stderr
 

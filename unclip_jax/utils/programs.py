@@ -91,8 +91,11 @@ def config_flag() -> ConfigFlag:
   return ConfigFlag(path, overrides)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, argument: str | None = None) -> None:
   """Parses the flags of `sys.argv`, sets logging up and calls `main`.
+
+  Args:
+    argument: the flag whose value may stand alone, before all flags.
 
   Returns when `main` has returned; else exits the process with a code of the
   module's docstring.
@@ -104,7 +107,7 @@ def run(main: Callable[[], None]) -> None:
     "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
   )
   try:
-    _parse_flags(sys.argv)
+    _parse_flags(sys.argv, argument)
     _set_up_logging()
     main()
   except (UserError, flags.Error) as e:
@@ -117,13 +120,15 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(130)
 
 
-def _parse_flags(argv: Sequence[str]) -> None:
+def _parse_flags(argv: Sequence[str], argument: str | None) -> None:
   if any(arg in ("--help", "-help", "-h", "--helpfull") for arg in argv[1:]):
     doc = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
     full = "--helpfull" in argv
     text = flags.FLAGS.get_help() if full else flags.FLAGS.main_module_help()
     print(f"{doc}\n\nflags:\n{text}")
     sys.exit(0)
+  if argument and len(argv) > 1 and not argv[1].startswith("-"):
+    argv = [argv[0], f"--{argument}={argv[1]}", *argv[2:]]
   rest = flags.FLAGS(_rewrite_overrides(argv))[1:]
   if rest:
     raise UserError(
