@@ -41,6 +41,9 @@ FIXED_NOISE = flags.DEFINE_bool(
 )
 MAX_THETA = flags.DEFINE_float("max_theta", 0.5, "text_diff: how far.")
 STRENGTH = flags.DEFINE_float("strength", 0.6, "image_to_image: in (0, 1].")
+RESAMPLES = flags.DEFINE_integer(
+  "num_resamples", 1, "inpaint: above 1 by RePaint, so often.", 1
+)
 PADDING = flags.DEFINE_integer("padding", 32, "outpaint: pixels a side.", 1)
 
 Images = list[Image.Image]
@@ -151,6 +154,7 @@ def _inpaint(pipe: pipelines.UnCLIPPipeline) -> Images:
     _open(MASK.value),
     _prompt(),
     num_images=NUM_IMAGES.value,
+    num_resamples=RESAMPLES.value,
     seed=SEED.value,
   ).images
 

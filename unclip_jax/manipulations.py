@@ -444,6 +444,7 @@ def inpaint(
   prompt: str,
   *,
   num_images: int = 4,
+  num_resamples: int = 1,
   guidance_scale: float | None = None,
   seed: int = 0,
 ) -> PipelineOutput:
@@ -454,6 +455,8 @@ def inpaint(
 
   Args:
     mask: of the picture's size, where it is not black is drawn anew.
+    num_resamples: above 1 the decoder draws by RePaint (samplers.ddpm), so many
+      times slower and a better fit to what is known.
 
   Raises:
     UserError: the mask is of another size, or nothing is to be drawn.
@@ -480,7 +483,9 @@ def inpaint(
       "known": smaller.astype(np.float32).repeat(num_images, axis=0),
       "is_known": blocks.all(axis=(2, 4)).repeat(num_images, axis=0),
     }
-  options = {"guidance_scale": guidance_scale}
+  options: dict[str, Any] = {"guidance_scale": guidance_scale}
+  if num_resamples > 1:
+    options |= {"sampler": "ddpm", "num_resamples": num_resamples}
   batch = pipe.tokenize([prompt] * num_images)
   return _draw(pipe, batch, options, arrays, seed, 16)
 

@@ -457,8 +457,9 @@ class UnCLIPPipeline:
     key = (name, callback is not None, tuple(sorted(static.items())))
     run = self.jitted(key, lambda: jax.jit(sample))
     if callback is not None:
+      options = ("sampler", "num_sample_steps", "num_resamples", "jump_length")
       num_calls = samplers.num_network_calls(
-        static["sampler"], static["num_sample_steps"]
+        **{k: static[k] for k in options if k in static}
       )
       self._on_step = _counter(functools.partial(callback, name), num_calls)
     names = {

@@ -187,3 +187,32 @@ def test_the_analytic_variance_is_fixed_small_until_it_is_known():
   exact = draw("analytic", x_start_mse=none)
   np.testing.assert_allclose(exact, draw("fixed_small"), atol=1e-4)
   assert np.abs(draw("analytic", x_start_mse=some) - exact).max() > 0.05
+
+
+def test_resampling_lets_what_is_drawn_fit_what_is_known():
+  """Of two numbers with correlation 0.9 the known one is 1: E of the other."""
+  covariance = jnp.asarray([[1.0, 0.9], [0.9, 1.0]])
+  levels = jnp.asarray(PROCESS.noise_schedule.alphas_cumprod, jnp.float32)
+
+  def denoise(x_t, timesteps):  # the best one
+    level = levels[timesteps[0]]
+    total = level * covariance + (1 - level) * jnp.eye(2)
+    return x_t @ jnp.linalg.solve(total, jnp.sqrt(level) * covariance)
+
+  def mean_of_unknown(num_resamples):
+    x_0 = PROCESS.sample(
+      denoise,
+      (2000, 2),
+      jax.random.key(0),
+      sampler="ddpm",
+      num_sample_steps=40,
+      num_resamples=num_resamples,
+      jump_length=5,
+      known=jnp.ones((2000, 2)),
+      is_known=jnp.asarray([True, False]),
+    )
+    assert np.all(x_0[:, 0] == 1)
+    return float(x_0[:, 1].mean())
+
+  plain, resampled = mean_of_unknown(1), mean_of_unknown(8)
+  assert abs(resampled - 0.9) < 0.08 < 0.15 < abs(plain - 0.9)

@@ -145,6 +145,30 @@ def test_ddpm_with_fixed_large_is_exact_on_a_standard_normal(num_steps):
   np.testing.assert_allclose(variance, SCHEDULE.alphas_cumprod[0], rtol=1e-4)
 
 
+def test_going_back_and_down_again_leaves_the_distribution_exact():
+  num_steps = samplers.num_network_calls("ddpm", 12, 3, 4)
+  assert num_steps == 12 + 2 * 4 * 2  # twice back by 4, at two places
+  run = jax.jit(
+    lambda x_T, noise: samplers.ddpm(
+      _denoiser(),
+      SCHEDULE,
+      x_T,
+      None,
+      num_steps=12,
+      num_resamples=3,
+      jump_length=4,
+      prediction="x_start",
+      variance=gaussian.AnalyticVariance(X_START_MSE),
+      noise=noise,
+    )
+  )
+  mean, variance = _moments(run, num_steps)
+  level = SCHEDULE.alphas_cumprod[0]
+  told = level * STD**2 / (level * STD**2 + 1 - level)
+  np.testing.assert_allclose(mean, MEAN, atol=1e-4)
+  np.testing.assert_allclose(variance, told * STD**2, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_many_steps_sample_the_data(name):
   mean, variance = _moments(_run(name, 250), 250)

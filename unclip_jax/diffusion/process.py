@@ -118,6 +118,8 @@ class Process:
     clip_x_start: gaussian.ClipXStart = None,
     dynamic_threshold: float | None = None,
     eta: float = 0.0,
+    num_resamples: int = 1,
+    jump_length: int = 10,
     x_start_mse: jax.Array | None = None,
     x_T: jax.Array | None = None,
     init: jax.Array | None = None,
@@ -146,6 +148,7 @@ class Process:
       dynamic_threshold: percentile of gaussian.dynamic_threshold, in place of
         plain clipping.
       eta: DDIM's share of fresh noise; the other samplers take none.
+      num_resamples, jump_length: of samplers.ddpm alone; they are for `known`.
       x_start_mse: [T], the table of gaussian.AnalyticVariance, where that is
         the process's variance.
       x_T: `shape`, where sampling starts; drawn where it is None.
@@ -157,7 +160,7 @@ class Process:
         gets the known values, so that x_t's known part is `known` noised by
         x_T; the result has them unchanged, bit for bit.
       is_known: bool, broadcastable to `shape`: where `known` counts.
-      noise: `[num_sample_steps + 1, *shape]` in place of every draw: entry 0
+      noise: `[num_network_calls + 1, *shape]` in place of every draw: entry 0
         is x_T, entry i the noise of step i.
       on_step: called on the host after every call of the network.
 
@@ -169,6 +172,10 @@ class Process:
       raise ValueError(f"unknown sampler {sampler!r}: use one of {known_names}")
     if eta and sampler != "ddim":
       raise ValueError(f"eta is an option of 'ddim', not of {sampler!r}")
+    if num_resamples > 1 and sampler != "ddpm":
+      raise ValueError(
+        f"num_resamples is an option of 'ddpm', not of {sampler!r}"
+      )
     step_rng = step_noise = None
     if noise is not None:
       x_T, step_noise = noise[0], noise[1:]
@@ -206,6 +213,10 @@ class Process:
       clip_x_start = gaussian.dynamic_threshold(dynamic_threshold)
     if known is not None:
       clip_x_start = _keep_known(clip_x_start, known, is_known)
+    own = {
+      "ddim": dict(eta=eta),
+      "ddpm": dict(num_resamples=num_resamples, jump_length=jump_length),
+    }
     x_0 = samplers.SAMPLERS[sampler](
       denoise_fn,
       self.noise_schedule,
@@ -216,7 +227,7 @@ class Process:
       variance=self._variance(x_start_mse),
       clip_x_start=clip_x_start,
       noise=step_noise,
-      **({"eta": eta} if sampler == "ddim" else {}),
+      **own.get(sampler, {}),
     )
     return x_0 if known is None else jnp.where(is_known, known, x_0)
 

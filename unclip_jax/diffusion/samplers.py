@@ -201,10 +201,16 @@ def ddpm(
   prediction: gaussian.Prediction,
   variance: gaussian.Variance,
   clip_x_start: gaussian.ClipXStart = None,
+  num_resamples: int = 1,
+  jump_length: int = 10,
   noise: jax.Array | None = None,
   return_trace: bool = False,
 ) -> jax.Array | tuple[jax.Array, Trace]:
   """Ancestral sampling: Ho et al. 2020 (arXiv 2006.11239), algorithm 2.
+
+  With num_resamples it goes back to more noise and down again on the way, which
+  lets what is drawn fit what is known when a part of x_start is given by
+  clip_x_start: RePaint (Lugmayr et al. 2022, arXiv 2201.09865, section 4.2).
 
   Args:
     denoise_fn: the network, see the module's docstring.
@@ -218,9 +224,12 @@ def ddpm(
       network's last C of 2C channels.
     clip_x_start: clips the predicted x_start to [-value, value]; or a function
       that is applied to it.
-    noise: [num_steps, B, ...] standard normal in place of draws; entry i is
-      that of step i in the order of execution. The last entry is unused, for
-      the last step returns the mean.
+    num_resamples: how often each stretch of jump_length steps is done; 10 in
+      RePaint.
+    jump_length: steps that one way back undoes; 10 in RePaint.
+    noise: [num_network_calls, B, ...] standard normal in place of draws; entry
+      i is that of call i in the order of execution. The last entry is unused,
+      for the last step returns the mean.
     return_trace: also return what every step saw and predicted.
 
   Returns:
@@ -245,21 +254,56 @@ def ddpm(
       variance=variance,
       clip_x_start=clip_x_start,
     )
-    sigma = step.coefs["is_noised"] * jnp.exp(0.5 * log_variance)
-    return mean + sigma * step.noise, x_start, memory
+    # After the step, noise that leads back to where the next one starts: the
+    # sum of both draws is one draw.
+    kept = step.coefs["kept"]
+    variance_next = kept * jnp.exp(log_variance) + 1.0 - kept
+    sigma = step.coefs["is_noised"] * jnp.sqrt(variance_next)
+    return jnp.sqrt(kept) * mean + sigma * step.noise, x_start, memory
 
-  indices = np.arange(schedule.num_timesteps)[::-1]
+  indices = _with_jumps(schedule.num_timesteps, num_resamples, jump_length)
+  next_indices = np.append(indices[1:], -1)
+  levels = np.append(schedule.alphas_cumprod, 1.0)  # entry -1: the data
   return _scan_steps(
     update,
     denoise_fn,
     schedule,
     x_T,
     indices,
-    {"is_noised": indices > 0},
+    {
+      "is_noised": indices > 0,
+      "kept": levels[next_indices] / levels[indices - 1],
+    },
     rng=rng,
     noise=noise,
     return_trace=return_trace,
   )
+
+
+def _with_jumps(
+  num_steps: int, num_resamples: int, jump_length: int
+) -> np.ndarray:
+  """Where the calls start: from num_steps - 1 down to 0, and back on the way.
+
+  Raises:
+    ValueError: a number that is not positive.
+  """
+  if num_resamples < 1 or jump_length < 1:
+    raise ValueError(
+      "num_resamples and jump_length must be at least 1, got"
+      f" {num_resamples} and {jump_length}"
+    )
+  jumps = dict.fromkeys(
+    range(0, num_steps - jump_length, jump_length), num_resamples - 1
+  )
+  indices, index = [], num_steps - 1
+  while index >= 0:
+    indices.append(index)
+    index -= 1
+    if jumps.get(index):
+      jumps[index] -= 1
+      index += jump_length
+  return np.array(indices)
 
 
 def ddim(
@@ -556,6 +600,13 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def num_network_calls(sampler: str, num_sample_steps: int) -> int:
+def num_network_calls(
+  sampler: str,
+  num_sample_steps: int,
+  num_resamples: int = 1,
+  jump_length: int = 10,
+) -> int:
   """How often a sampler calls the network."""
-  return 2 * num_sample_steps - 1 if sampler == "heun" else num_sample_steps
+  if sampler == "heun":
+    return 2 * num_sample_steps - 1
+  return len(_with_jumps(num_sample_steps, num_resamples, jump_length))
