@@ -9,7 +9,7 @@ import pytest
 
 from tests import random_variables
 from unclip_jax import trainer
-from unclip_jax.tasks import base, prior_diffusion
+from unclip_jax.tasks import base, prior_diffusion, upsampler
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import embedding_space, errors
@@ -192,6 +192,52 @@ def test_upsampler_draws_any_size():
     )["image"]
     assert image.shape == (2, 4 * h, 4 * w, 3)
     assert np.abs(image).max() <= 1
+
+
+@pytest.mark.parametrize("height, width", [(48, 80), (16, 40)])
+def test_tiles_give_what_the_whole_gives_where_pixels_stand_alone(
+  height, width
+):
+  rng = np.random.default_rng(0)
+  x_t, enlarged = rng.normal(size=(2, 2, height, width, 3)).astype("f4")
+
+  def denoise(x_t, timesteps, low_res):
+    both = jnp.concatenate([x_t * low_res, jnp.sin(x_t)], axis=-1)
+    return both + timesteps[:, None, None, None]
+
+  timesteps = jnp.asarray([3, 5])
+  tiled = upsampler._tiled(denoise, enlarged, 32, x_t, timesteps)
+  whole = denoise(x_t, timesteps, enlarged)
+  np.testing.assert_allclose(tiled, whole, atol=1e-5)
+
+
+def test_tiles_are_near_the_whole_and_take_less_memory():
+  task, variables, frozen, _ = _ready("upsampler")
+  low_res = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3))
+  low_res = jax.image.resize(
+    jnp.asarray(low_res, jnp.float32), (1, 32, 32, 3), "cubic"
+  )
+
+  def draw(tile_size):
+    sample = jax.jit(
+      lambda variables, low_res: task.sample(
+        variables,
+        frozen,
+        {"low_res": low_res},
+        jax.random.key(0),
+        num_sample_steps=2,
+        tile_size=tile_size,
+      )["image"]
+    )
+    compiled = sample.lower(variables, low_res).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return np.asarray(compiled(variables, low_res)), memory
+
+  whole, whole_memory = draw(None)
+  tiled, tiled_memory = draw(64)
+  assert tiled_memory < 0.5 * whole_memory
+  assert 0 < np.abs(tiled - whole).mean() < 0.2 * np.abs(whole).mean()
+  np.testing.assert_array_equal(draw(128)[0], whole)
 
 
 def test_the_error_of_x_start_is_estimated_timestep_by_timestep(prior):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.diffusion import process as process_lib
 from unclip_jax.tasks import base
@@ -96,12 +97,16 @@ class Task:
     *,
     num_sample_steps: int = 27,
     sampler: str = "ddim",
+    tile_size: int | None = None,
     **options: Any,
   ) -> dict[str, jax.Array]:
     """Draws `image` [B, scale * h, scale * w, 3] in [-1, 1] from `low_res`.
 
-    Other options as in diffusion.process.Process.sample; the paper uses no
-    guidance.
+    Args:
+      tile_size: pixels of a side of the drawn picture that the network sees at
+        once, where memory is short (`_tiled`); None: all.
+      **options: of diffusion.process.Process.sample; the paper uses no
+        guidance.
     """
     low_res = batch["low_res"]
     B, h, w, C = low_res.shape
@@ -109,7 +114,9 @@ class Task:
     # context is empty and only the enlargement is independent of the timestep.
     condition = self.model.apply(variables, method=self.model.encode_condition)
 
-    def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
+    def denoise(
+      x_t: jax.Array, timesteps: jax.Array, low_res: jax.Array
+    ) -> jax.Array:
       return self.model.apply(
         variables,
         x_t,
@@ -119,9 +126,15 @@ class Task:
         method=self.model.denoise,
       )
 
+    shape = (B, self.scale * h, self.scale * w, C)
+    if tile_size is None or tile_size >= max(shape[1:3]):
+      denoise_fn = functools.partial(_on_whole, denoise, low_res)
+    else:
+      enlarged = jax.image.resize(low_res, shape, "bilinear")
+      denoise_fn = functools.partial(_tiled, denoise, enlarged, tile_size)
     x_0 = self.diffusion.sample(
       denoise_fn,
-      (B, self.scale * h, self.scale * w, C),
+      shape,
       rng,
       sampler=sampler,
       num_sample_steps=num_sample_steps,
@@ -140,3 +153,72 @@ class Task:
       return self.sample(variables, frozen, batch, rng, **self.sample_options)
 
     return {"loss": base.loss_predict_fn(self), "sample": sample}
+
+
+# (x_t, timesteps, low_res) -> the network's output
+_Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _on_whole(
+  denoise: _Denoise, low_res: jax.Array, x_t: jax.Array, timesteps: jax.Array
+) -> jax.Array:
+  return denoise(x_t, timesteps, low_res)
+
+
+def _tiled(
+  denoise: _Denoise,
+  enlarged: jax.Array,
+  tile_size: int,
+  x_t: jax.Array,
+  timesteps: jax.Array,
+) -> jax.Array:
+  """The network's output tile by tile, blended where the tiles overlap.
+
+  One tile's activations are alive at a time. Neighbours overlap by a quarter
+  or more, and their outputs are mixed at every diffusion step (as in
+  MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5), so that no
+  seam can grow. Close to the whole picture's output, not equal: the network's
+  norms see a tile.
+
+  Args:
+    enlarged: `low_res` in x_t's size.
+    tile_size: of the network's pictures, no larger than x_t's sides.
+  """
+  _, H, W, _ = x_t.shape
+  height, width = min(tile_size, H), min(tile_size, W)
+  corners = [
+    (y, x) for y in _tile_starts(H, height) for x in _tile_starts(W, width)
+  ]
+  window = (_ramp(height)[:, None] * _ramp(width))[:, :, None]
+  weight = np.zeros((H, W, 1), np.float32)
+  for y, x in corners:
+    weight[y : y + height, x : x + width] += window
+
+  def add_tile(total: jax.Array, corner: jax.Array) -> tuple[jax.Array, None]:
+    y, x = corner
+
+    def cut(picture: jax.Array) -> jax.Array:
+      B, _, _, C = picture.shape
+      return jax.lax.dynamic_slice(picture, (0, y, x, 0), (B, height, width, C))
+
+    output = denoise(cut(x_t), timesteps, cut(enlarged)) * window
+    updated = cut(total) + output
+    return jax.lax.dynamic_update_slice(total, updated, (0, y, x, 0)), None
+
+  tile = jax.ShapeDtypeStruct((x_t.shape[0], height, width, 3), x_t.dtype)
+  channels = jax.eval_shape(denoise, tile, timesteps, tile).shape[-1]
+  total = jnp.zeros((*x_t.shape[:-1], channels), jnp.float32)
+  total, _ = jax.lax.scan(add_tile, total, jnp.asarray(corners))
+  return total / weight
+
+
+def _tile_starts(length: int, size: int) -> list[int]:
+  """Places of tiles that cover `length`, overlapping by a quarter or more."""
+  count = 1 + -(-(length - size) // max(1, size * 3 // 4))
+  return np.linspace(0, length - size, count).round().astype(int).tolist()
+
+
+def _ramp(size: int) -> np.ndarray:
+  """[size] float32, rising over the first quarter, falling over the last."""
+  distance = np.minimum(np.arange(size), np.arange(size)[::-1])
+  return np.minimum(1.0, (distance + 1) / max(1, size // 4)).astype(np.float32)
