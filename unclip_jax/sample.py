@@ -34,7 +34,7 @@ GUIDANCE_SCALE = flags.DEFINE_float(
   "guidance_scale", None, "Of the decoder; 1.0 is off."
 )
 SAMPLER = flags.DEFINE_enum(
-  "sampler", None, list(samplers.SAMPLERS), "For all stages; default: its own."
+  "sampler", None, list(samplers.SAMPLERS), "Of diffusion; default: its own."
 )
 
 
