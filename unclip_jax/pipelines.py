@@ -9,7 +9,7 @@ gives the same pictures whatever the batch size.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 import itertools
 import json
 import os
@@ -24,7 +24,6 @@ import numpy as np
 from unclip_jax import __version__, checkpoints, inference, manipulations
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import preprocess, tokenizers
-from unclip_jax.diffusion import samplers
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.utils import errors, progress
 
@@ -58,7 +57,7 @@ class UnCLIPPipeline:
     tokenizer = os.path.join(parts["clip"].assets_dir or "", "tokenizer.model")
     self.tokenizer = tokenizers.SentencePieceTokenizer(tokenizer)
     self._jitted: dict[Any, Callable[..., Any]] = {}
-    self._on_step: Callable[[], None] = lambda: None
+    self._on_step: Callable[[int], None] = lambda num_steps: None
 
   @classmethod
   def from_parts(cls, folders: Mapping[str, str]) -> UnCLIPPipeline:
@@ -271,6 +270,7 @@ class UnCLIPPipeline:
     prior_guidance_scale: float | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    tile_size: int | None = None,
     noise: Mapping[str, jax.Array] | None = None,
     callback: Callback | None = None,
     output_type: str = "pil",
@@ -286,16 +286,22 @@ class UnCLIPPipeline:
       prior_steps, decoder_steps, upsampler_steps: denoising steps.
       prior_guidance_scale, guidance_scale: of the prior and of the decoder;
         1.0 is off.
-      sampler: a name in diffusion.samplers.SAMPLERS, for all stages.
-      noise: in place of every draw: stage name -> `[num_sample_steps + 1, N,
-        ...]`, entry 0 is x_T, entry i the noise of step i. The prior's N
+      sampler: a name in diffusion.samplers.SAMPLERS, for all diffusion stages.
+      tile_size: pixels of a side that the upsamplers see at once, where memory
+        is short (tasks/upsampler.py); None: all.
+      noise: in place of every draw: diffusion stage -> `[num_sample_steps + 1,
+        N, ...]`, entry 0 is x_T, entry i the noise of step i. The prior's N
         counts its candidates.
-      callback: `callback(stage, step, num_steps)` after every step.
+      callback: `callback(stage, step, num_steps)` after every step, of an
+        autoregressive prior after every code.
       output_type: "pil", or "np" for float32 NHWC in [0, 1].
       batch_size: pictures drawn at once.
 
     Returns:
       The pictures, prompt by prompt.
+
+    Raises:
+      UserError: no prompt, or an option that the model's prior does not have.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     captions = [p for p in prompts for _ in range(num_images_per_prompt)]
@@ -303,7 +309,12 @@ class UnCLIPPipeline:
       raise errors.UserError("there is no prompt: give at least one")
     if output_type not in ("pil", "np"):
       raise errors.UserError(f"output_type '{output_type}' is not pil or np")
-    given: dict[str, dict[str, Any]] = {
+    if prior_steps and not self._takes("prior", "num_sample_steps"):
+      raise errors.UserError(
+        "this model's prior draws one code after another and has no number of "
+        "steps: leave prior_steps out"
+      )
+    options: dict[str, dict[str, Any]] = {
       "prior": dict(
         num_sample_steps=prior_steps, guidance_scale=prior_guidance_scale
       ),
@@ -311,12 +322,13 @@ class UnCLIPPipeline:
         num_sample_steps=decoder_steps, guidance_scale=guidance_scale
       ),
       **{
-        name: dict(num_sample_steps=upsampler_steps) for name in self.upsamplers
+        name: dict(num_sample_steps=upsampler_steps, tile_size=tile_size)
+        for name in self.upsamplers
       },
     }
-    options = {
-      name: {**stage, "sampler": sampler} for name, stage in given.items()
-    }
+    for name, stage in options.items():
+      if self._takes(name, "sampler"):
+        stage["sampler"] = sampler
     output = self.draw(
       self.tokenize(captions),
       options,
@@ -377,8 +389,10 @@ class UnCLIPPipeline:
           inputs,
           _fold_all(keys, self._stages.index(name)),
           options[name],
-          {k: v[rows] for k, v in arrays.get(name, {}).items()},
-          self._noise_rows(noise, name, rows),
+          {
+            **{k: v[rows] for k, v in arrays.get(name, {}).items()},
+            **self._noise_rows(noise, name, rows),
+          },
           callback,
         )
         output = jax.block_until_ready(output)
@@ -398,10 +412,17 @@ class UnCLIPPipeline:
 
   def _noise_rows(
     self, noise: Mapping[str, jax.Array] | None, name: str, rows: np.ndarray
-  ) -> jax.Array | None:
-    """The injected noise of one stage for some pictures."""
+  ) -> dict[str, jax.Array]:
+    """The injected noise of one stage for some pictures, as its option."""
     if noise is None:
-      return None
+      return {}
+    if not self._takes(name, "noise"):
+      if name in noise:
+        raise errors.UserError(
+          f"the stage '{name}' of this model draws codes, not noise: leave it "
+          "out of noise"
+        )
+      return {}
     if name not in noise:
       raise errors.UserError(
         f"noise lacks the stage '{name}': give all stages or none"
@@ -410,7 +431,13 @@ class UnCLIPPipeline:
     if name == "prior":
       copies = self.options(name, {})["num_candidates"]
     rows = (rows[:, None] * copies + np.arange(copies)).ravel()
-    return jnp.asarray(noise[name])[:, rows]
+    return {"noise": jnp.asarray(noise[name])[:, rows]}
+
+  def _takes(self, name: str, option: str) -> bool:
+    """Whether a stage's `sample` has an option; diffusion passes any on."""
+    parameters = inspect.signature(self.parts[name].task.sample).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return option in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
   def options(
     self, name: str, given: Mapping[str, Any] | None = None
@@ -427,20 +454,18 @@ class UnCLIPPipeline:
     keys: jax.Array,
     static: Mapping[str, Any],
     arrays: Mapping[str, Any],
-    noise: jax.Array | None,
     callback: Callback | None,
   ) -> dict[str, jax.Array]:
     """One stage; its jitted function is kept by the options given."""
     part = self.parts[name]
     # A stable trampoline: another callback does not compile again.
-    on_step = (lambda: self._on_step()) if callback is not None else None
+    on_step = (lambda n: self._on_step(n)) if callback is not None else None
 
     def sample(
       variables: Any,
       frozen: Any,
       batch: Any,
       keys: Any,
-      noise: Any,
       arrays: Any,
     ) -> dict[str, jax.Array]:
       return part.task.sample(
@@ -448,7 +473,6 @@ class UnCLIPPipeline:
         frozen,
         batch,
         keys,
-        noise=noise,
         on_step=on_step,
         **arrays,
         **static,
@@ -457,17 +481,13 @@ class UnCLIPPipeline:
     key = (name, callback is not None, tuple(sorted(static.items())))
     run = self.jitted(key, lambda: jax.jit(sample))
     if callback is not None:
-      options = ("sampler", "num_sample_steps", "num_resamples", "jump_length")
-      num_calls = samplers.num_network_calls(
-        **{k: static[k] for k in options if k in static}
-      )
-      self._on_step = _counter(functools.partial(callback, name), num_calls)
+      self._on_step = _counter(callback, name)
     names = {
       "prior": ("text_tokens", "text_mask"),
       "decoder": ("text_tokens", "text_mask", "image_embed"),
     }.get(name, ("low_res",))
     inputs = {k: batch[k] for k in names}
-    return run(part.variables, part.frozen, inputs, keys, noise, arrays)
+    return run(part.variables, part.frozen, inputs, keys, arrays)
 
   def predict_fns(self, seed: int = 0) -> dict[str, Predict]:
     """What evaluators may ask of the whole pipeline, by name.
@@ -524,16 +544,14 @@ def _counted(
     bar.update(done)
 
 
-def _counter(
-  callback: Callable[[int, int], None], num_steps: int
-) -> Callable[[], None]:
-  """A function that calls `callback(1, n)`, `callback(2, n)`, ..."""
+def _counter(callback: Callback, stage: str) -> Callable[[int], None]:
+  """A function that calls `callback(stage, 1, n)`, `(stage, 2, n)`, ..."""
   done = 0
 
-  def on_step() -> None:
+  def on_step(num_steps: int) -> None:
     nonlocal done
     done += 1
-    callback(done, num_steps)
+    callback(stage, done, num_steps)
 
   return on_step
 

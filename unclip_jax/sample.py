@@ -34,7 +34,13 @@ GUIDANCE_SCALE = flags.DEFINE_float(
   "guidance_scale", None, "Of the decoder; 1.0 is off."
 )
 SAMPLER = flags.DEFINE_enum(
-  "sampler", None, list(samplers.SAMPLERS), "For all stages; default: its own."
+  "sampler", None, list(samplers.SAMPLERS), "Of diffusion; default: its own."
+)
+TILE_SIZE = flags.DEFINE_integer(
+  "tile_size",
+  None,
+  "Pixels of a side that upsamplers see at once, for small memories.",
+  1,
 )
 
 
@@ -67,6 +73,7 @@ def main() -> None:
     prior_steps=PRIOR_STEPS.value,
     decoder_steps=DECODER_STEPS.value,
     upsampler_steps=UPSAMPLER_STEPS.value,
+    tile_size=TILE_SIZE.value,
     prior_guidance_scale=PRIOR_GUIDANCE_SCALE.value,
     guidance_scale=GUIDANCE_SCALE.value,
     sampler=SAMPLER.value,

@@ -19,6 +19,7 @@ import numpy as np
 from unclip_jax.diffusion import gaussian, guidance, samplers, schedules
 
 DenoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
+OnStep = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Process:
     known: jax.Array | None = None,
     is_known: jax.Array | None = None,
     noise: jax.Array | None = None,
-    on_step: Callable[[], None] | None = None,
+    on_step: OnStep | None = None,
   ) -> jax.Array:
     """Draws x_0 of the given shape.
 
@@ -162,7 +163,8 @@ class Process:
       is_known: bool, broadcastable to `shape`: where `known` counts.
       noise: `[num_network_calls + 1, *shape]` in place of every draw: entry 0
         is x_T, entry i the noise of step i.
-      on_step: called on the host after every call of the network.
+      on_step: called on the host after every call of the network, with the
+        number of calls that there will be.
 
     Raises:
       ValueError: an unknown sampler, or options that do not fit it.
@@ -195,7 +197,12 @@ class Process:
       x_T = gaussian.q_sample(self.noise_schedule, init, timesteps, x_T)
       step_noise = None if step_noise is None else step_noise[-len(steps) :]
     if on_step is not None:
-      denoise_fn = _with_callback(denoise_fn, on_step)
+      num_calls = samplers.num_network_calls(
+        sampler, len(steps), num_resamples, jump_length
+      )
+      denoise_fn = _with_callback(
+        denoise_fn, functools.partial(on_step, num_calls)
+      )
     guide = dict(
       learned_variance=self.learned_variance,
       interval=guidance_interval,

@@ -2,8 +2,9 @@
 
 The prefix is keys and values computed elsewhere: those of the tokens before
 (a key/value cache) or those of a conditioning context (GLIDE, Nichol et al.
-2021, section 4, and guided-diffusion's `encoder_kv`). Scores, softmax and
-accumulation are float32.
+2021, section 4, and guided-diffusion's `encoder_kv`). A cache that grows token
+by token is a prefix of full length, into which each token's keys and values
+are put in their place. Scores, softmax and accumulation are float32.
 
 Keys and values are kept as [B, N, M, K]: both products then read them as they
 lie, and a prefix is laid out once, not at every diffusion step.
@@ -114,23 +115,34 @@ class SelfAttention(nn.Module):
     mask: jax.Array | None = None,
     *,
     prefix: KeyValue | None = None,
+    start: jax.Array | None = None,
   ) -> tuple[jax.Array, KeyValue]:
     """Attends from every position of x to the prefix and to x.
 
     Args:
       x: [B, L, D].
-      mask: bool, broadcasts to [B, N, L, prefix length + L], True = attend.
+      mask: bool, broadcasts to [B, N, L, M], True = attend; M is the prefix
+        length + L, with `start` the prefix length.
       prefix: keys and values that stand before those of x.
+      start: [] int32, where in the prefix the keys and values of x are put, in
+        place of behind it; the mask then hides what is not yet filled.
 
     Returns:
-      [B, L, D], and the keys and values of x (without the prefix).
+      [B, L, D], and the keys and values of x (without the prefix); with
+      `start` the prefix that they were put into.
     """
     query = self._split_heads(self.query(x))
     own = KeyValue(
       self._split_heads(self.key(x)), self._split_heads(self.value(x))
     )
     kv = own
-    if prefix is not None:
+    if start is not None:
+      kv = own = jax.tree.map(
+        lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, axis=2),
+        prefix,
+        own,
+      )
+    elif prefix is not None:
       kv = jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), prefix, own)
     out = attend(query, kv, mask)
     return self.out(einops.rearrange(out, "b n l k -> b l (n k)")), own

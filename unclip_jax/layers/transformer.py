@@ -73,6 +73,7 @@ class Block(nn.Module):
     mlp_ratio: hidden width of the MLP, in D.
     activation: of the MLP, "gelu" or "quick_gelu".
     dropout: rate after each branch, when training.
+    has_context: whether `encode_context` exists.
     dtype: compute dtype.
   """
 
@@ -81,12 +82,13 @@ class Block(nn.Module):
   mlp_ratio: float = 4
   activation: str = "gelu"
   dropout: float = 0.0
+  has_context: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
     self.norm_1 = norms.LayerNorm(dtype=self.dtype)
     self.attn = attention.SelfAttention(
-      self.width, self.num_heads, dtype=self.dtype
+      self.width, self.num_heads, self.has_context, dtype=self.dtype
     )
     self.norm_2 = norms.LayerNorm(dtype=self.dtype)
     self.mlp = Mlp(
@@ -94,16 +96,21 @@ class Block(nn.Module):
     )
     self.drop = nn.Dropout(self.dropout)
 
+  def encode_context(self, context: jax.Array) -> attention.KeyValue:
+    """The prefix for `__call__` that context tokens [B, M, any size] give."""
+    return self.attn.encode_context(context)
+
   def __call__(
     self,
     x: jax.Array,
     mask: jax.Array | None = None,
     *,
     prefix: attention.KeyValue | None = None,
+    start: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, attention.KeyValue]:
     """[B, L, D] -> [B, L, D] and the keys and values of x; see attention."""
-    y, kv = self.attn(self.norm_1(x), mask, prefix=prefix)
+    y, kv = self.attn(self.norm_1(x), mask, prefix=prefix, start=start)
     x = x + self.drop(y, deterministic=not train)
     y = self.mlp(self.norm_2(x))
     return x + self.drop(y, deterministic=not train), kv
@@ -115,6 +122,7 @@ def run(
   mask: jax.Array | None = None,
   *,
   prefixes: Sequence[attention.KeyValue] | None = None,
+  start: jax.Array | None = None,
   train: bool = False,
   remat: bool = False,
 ) -> tuple[jax.Array, tuple[attention.KeyValue, ...]]:
@@ -125,17 +133,19 @@ def run(
     x: [B, L, D].
     mask: as in attention, the same for every layer.
     prefixes: keys and values that stand before x, one per layer.
+    start: as in attention: x is put into the prefixes.
     train: whether dropout is on.
     remat: whether the backward pass recomputes each block from its input.
 
   Returns:
-    [B, L, D] and each layer's keys and values of x.
+    [B, L, D] and each layer's keys and values of x; with `start` the prefixes
+    that they were put into.
   """
 
   def call(
     block: Block, x: jax.Array, prefix: attention.KeyValue | None
   ) -> tuple[jax.Array, attention.KeyValue]:
-    return block(x, mask, prefix=prefix, train=train)
+    return block(x, mask, prefix=prefix, start=start, train=train)
 
   if remat:
     call = nn.remat(call)

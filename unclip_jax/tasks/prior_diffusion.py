@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion import process as process_lib
-from unclip_jax.tasks import base
-from unclip_jax.tasks import clip as clip_task
+from unclip_jax.tasks import base, priors
 from unclip_jax.utils import embedding_space
 
 
@@ -73,23 +72,7 @@ class Task:
   def _condition(
     self, frozen: base.Frozen, batch: base.Batch
   ) -> dict[str, jax.Array]:
-    """z_t scaled to the norm of a standard normal vector, and text states."""
-    text_embed, text_encodings = self.upstream["clip"].encode_text(
-      frozen["clip"], batch["text_tokens"], batch["text_mask"]
-    )
-    scale = text_embed.shape[-1] ** 0.5
-    return {
-      "text_embed": clip_task.normalize(text_embed) * scale,
-      "text_encodings": text_encodings,
-      "text_mask": batch["text_mask"],
-    }
-
-  def _true_image_embed(
-    self, frozen: base.Frozen, batch: base.Batch
-  ) -> jax.Array:
-    return self.upstream["clip"].encode_image(
-      frozen["clip"], batch["clip_image"]
-    )
+    return priors.condition(self.upstream["clip"], frozen["clip"], batch)
 
   def loss(
     self,
@@ -103,9 +86,10 @@ class Task:
   ) -> base.LossOutput:
     del step
     drop_rng, diffusion_rng, dropout_rng = jax.random.split(rng, 3)
-    x_start = embedding_space.encode(
-      frozen["embedding_space"], self._true_image_embed(frozen, batch)
+    image_embed = self.upstream["clip"].encode_image(
+      frozen["clip"], batch["clip_image"]
     )
+    x_start = embedding_space.encode(frozen["embedding_space"], image_embed)
     condition = self._condition(frozen, batch)
     if train:
       condition["text_drop"] = jax.random.bernoulli(
@@ -155,11 +139,12 @@ class Task:
     """
     condition = self._condition(frozen, batch)
     B, D = condition["text_embed"].shape
-    n = num_candidates
-    if rng is not None and rng.ndim:  # a key per caption: one per candidate
-      rng = jax.vmap(lambda key: jax.random.split(key, n))(rng).reshape(-1)
-
-    cache = self._prefill(variables, condition, guidance_scale, n)
+    prefill = functools.partial(
+      self.model.apply, variables, method=self.model.prefill
+    )
+    cache = priors.encode_rows(
+      prefill, condition, guidance_scale, num_candidates
+    )
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       return self.model.apply(
@@ -168,8 +153,8 @@ class Task:
 
     x_0 = self.diffusion.sample(
       denoise_fn,
-      (B * n, D),
-      rng,
+      (B * num_candidates, D),
+      priors.candidate_rngs(rng, num_candidates),
       sampler=sampler,
       num_sample_steps=num_sample_steps,
       guidance_scale=guidance_scale,
@@ -177,62 +162,10 @@ class Task:
       **options,
     )
     candidates = embedding_space.decode(frozen["embedding_space"], x_0)
-    candidates = candidates.reshape(B, n, D)
-    text_embed = clip_task.normalize(condition["text_embed"])
-    scores = jnp.einsum(
-      "bnd,bd->bn", clip_task.normalize(candidates), text_embed
-    )
-    best = jnp.argmax(scores, axis=1)
-    image_embed = jnp.take_along_axis(candidates, best[:, None, None], axis=1)
-    return {"image_embed": image_embed[:, 0], "text_embed": text_embed}
-
-  def _prefill(
-    self,
-    variables: base.Variables,
-    condition: dict[str, jax.Array],
-    guidance_scale: float,
-    num_candidates: int,
-  ) -> base.PyTree:
-    """The prefix's cache for [B * n] rows, with guidance [2 * B * n].
-
-    The prefix runs once per caption and once for the dropped caption, which
-    is the same for every row.
-    """
-
-    def prefill(rows: dict[str, jax.Array], drop: bool) -> base.PyTree:
-      text_drop = jnp.full(rows["text_mask"].shape[:1], drop)
-      return self.model.apply(
-        variables, **rows, text_drop=text_drop, method=self.model.prefill
-      )
-
-    cache = jax.tree.map(
-      lambda x: jnp.repeat(x, num_candidates, axis=0), prefill(condition, False)
-    )
-    if guidance_scale == 1.0:
-      return cache
-    null = prefill(jax.tree.map(lambda x: x[:1], condition), True)
-    return jax.tree.map(
-      lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]),
-      cache,
-      null,
-    )
+    return priors.keep_nearest(candidates, condition["text_embed"])
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
-    def sample(
-      variables: base.Variables,
-      frozen: base.Frozen,
-      batch: base.Batch,
-      rng: jax.Array,
-    ) -> dict[str, jax.Array]:
-      output = self.sample(variables, frozen, batch, rng, **self.sample_options)
-      true_image_embed = self._true_image_embed(frozen, batch)
-      return {
-        "image_embed": output["image_embed"],
-        "true_image_embed": true_image_embed,
-        "text_embed": output["text_embed"],
-      }
-
-    return {"loss": base.loss_predict_fn(self), "sample": sample}
+    return priors.predict_fns(self)
 
 
 def fit_embedding_space(

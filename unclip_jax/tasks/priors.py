@@ -1,0 +1,112 @@
+"""What the diffusion and the autoregressive prior share.
+
+Both give P(z_i | caption): they see the frozen CLIP's text states and text
+embedding z_t, may draw several candidates for z_i and keep the one nearest to
+z_t, and are measured beside the true z_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.tasks import base
+from unclip_jax.tasks import clip as clip_task
+
+
+def condition(
+  clip: Any, clip_variables: base.Variables, batch: base.Batch
+) -> dict[str, jax.Array]:
+  """z_t scaled to the norm of a standard normal vector, and text states."""
+  text_embed, text_encodings = clip.encode_text(
+    clip_variables, batch["text_tokens"], batch["text_mask"]
+  )
+  scale = text_embed.shape[-1] ** 0.5
+  return {
+    "text_embed": clip_task.normalize(text_embed) * scale,
+    "text_encodings": text_encodings,
+    "text_mask": batch["text_mask"],
+  }
+
+
+def candidate_rngs(
+  rng: jax.Array | None, num_candidates: int
+) -> jax.Array | None:
+  """Keys [B] of captions as keys [B * n] of candidates; others as they are."""
+  if rng is None or not rng.ndim:
+    return rng
+  split = jax.vmap(lambda key: jax.random.split(key, num_candidates))
+  return split(rng).reshape(-1)
+
+
+def encode_rows(
+  encode: Callable[..., base.PyTree],
+  condition: dict[str, jax.Array],
+  guidance_scale: float,
+  num_candidates: int,
+) -> base.PyTree:
+  """What the network keeps of the texts, for [B * n] rows; guided [2 * B * n].
+
+  The text runs once per caption and once for the dropped caption, which is
+  the same for every row.
+
+  Args:
+    encode: takes the fields of `condition` and `text_drop`.
+  """
+
+  def encode_text(rows: dict[str, jax.Array], drop: bool) -> base.PyTree:
+    return encode(**rows, text_drop=jnp.full(rows["text_mask"].shape[:1], drop))
+
+  rows = jax.tree.map(
+    lambda x: jnp.repeat(x, num_candidates, axis=0),
+    encode_text(condition, False),
+  )
+  if guidance_scale == 1.0:
+    return rows
+  null = encode_text(jax.tree.map(lambda x: x[:1], condition), True)
+  return jax.tree.map(
+    lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]), rows, null
+  )
+
+
+def keep_nearest(
+  candidates: jax.Array, text_embed: jax.Array
+) -> dict[str, jax.Array]:
+  """The best of each caption's draws, as the output of `sample`.
+
+  Args:
+    candidates: [B * n, D] in the CLIP's own space.
+    text_embed: [B, D], of any length.
+
+  Returns:
+    `image_embed` [B, D], the candidate with the largest dot product of unit
+    vectors with z_t, and `text_embed` [B, D], normalised.
+  """
+  B, D = text_embed.shape
+  candidates = candidates.reshape(B, -1, D)
+  text_embed = clip_task.normalize(text_embed)
+  scores = jnp.einsum("bnd,bd->bn", clip_task.normalize(candidates), text_embed)
+  best = jnp.argmax(scores, axis=1)
+  image_embed = jnp.take_along_axis(candidates, best[:, None, None], axis=1)
+  return {"image_embed": image_embed[:, 0], "text_embed": text_embed}
+
+
+def predict_fns(task: Any) -> dict[str, base.PredictFn]:
+  """`loss`, and `sample` beside the true embedding, of either prior."""
+
+  def sample(
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    output = task.sample(variables, frozen, batch, rng, **task.sample_options)
+    true_image_embed = task.upstream["clip"].encode_image(
+      frozen["clip"], batch["clip_image"]
+    )
+    return {**output, "true_image_embed": true_image_embed}
+
+  return {"loss": base.loss_predict_fn(task), "sample": sample}
