@@ -1,43 +1,17 @@
 """Manipulations and editing, on small networks with random weights."""
 
-import shutil
-
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from tests import random_variables
-from unclip_jax import checkpoints, inference, manipulations, pipelines, trainer
-from unclip_jax.utils import config as config_lib
+from tests import random_pipelines
+from unclip_jax import manipulations
 from unclip_jax.utils import errors
 
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-  assets = tmp_path_factory.mktemp("assets")
-  parts, clip = {}, None
-  for name in ("clip", "prior", "decoder", "upsampler"):
-    run = trainer.setup(config_lib.load(f"configs/emoji/{name}.py:smoke"))
-    batches = run.data.eval_batches("train", 4, 8)
-    frozen = dict(run.frozen)
-    if "clip" in frozen:
-      frozen["clip"] = clip
-      with run.config.unlocked():
-        run.config.frozen.clip.fingerprint = checkpoints.fingerprint(clip)
-    frozen |= run.task.prepare(frozen, batches)
-    batch = next(iter(batches))
-    shapes = jax.eval_shape(run.task.init, jax.random.key(0), batch, frozen)
-    variables = random_variables.like_tree(shapes)
-    if name == "clip":
-      clip = variables
-      for asset, path in run.data.assets().items():
-        shutil.copy(path, assets / asset)
-    part = "upsampler_64" if name == "upsampler" else name
-    parts[part] = inference.Loaded(
-      run.task, variables, frozen, run.config, str(assets), "0"
-    )
-  return pipelines.UnCLIPPipeline(parts)
+  return random_pipelines.make(tmp_path_factory.mktemp("assets"))
 
 
 def picture(seed, size=64):

@@ -17,7 +17,7 @@ from unclip_jax import checkpoints, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
 
-TASKS = ["clip", "prior", "decoder", "upsampler"]
+TASKS = ["clip", "prior", "prior_ar", "decoder", "upsampler"]
 
 
 def smoke(name, **overrides):
@@ -51,6 +51,7 @@ def one_step(config, num_microbatches=1):
 PINNED = {
   "clip": (2.326347, 71.441544),
   "prior": (1.353669, 0.649111),
+  "prior_ar": (2.079442, 0.686787),
   "decoder": (3.652252, 2.764932),
   "upsampler": (0.767285, 3.559214),
 }

@@ -89,6 +89,28 @@ def test_prefix_is_attended_to_like_earlier_positions():
   np.testing.assert_allclose(rest, whole[:, 3:], rtol=1e-5, atol=1e-6)
 
 
+def test_a_prefix_of_full_length_takes_x_in_its_place():
+  layer, variables, x = _layer_and_input()
+  apply = jax.jit(layer.apply)
+  whole, kv = apply(variables, x, attention.causal_mask(5))
+  # Junk where nothing is filled in yet, which the mask hides.
+  buffer = jax.tree.map(lambda a: a.at[:, :, 3:].set(7.0), kv)
+  for i in (3, 4):
+    out, buffer = apply(
+      variables,
+      x[:, i : i + 1],
+      np.arange(5) <= i,
+      prefix=buffer,
+      start=jnp.int32(i),
+    )
+    np.testing.assert_allclose(out, whole[:, i : i + 1], rtol=1e-5, atol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    buffer,
+    kv,
+  )
+
+
 def test_context_tokens_become_a_prefix():
   layer = attention.SelfAttention(width=8, num_heads=2, has_context=True)
   context = random_variables.normal(2, 3, 6)

@@ -15,7 +15,7 @@ from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import embedding_space, errors
 
 
-@pytest.fixture(scope="module", params=["prior", "decoder"])
+@pytest.fixture(scope="module", params=["prior", "prior_ar", "decoder"])
 def run(request):
   return _ready(request.param)
 

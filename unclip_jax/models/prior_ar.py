@@ -246,7 +246,8 @@ class Model(nn.Module):
       cache: from `prefill`, with all codes before `index` in it.
     """
     position = _NUM_GIVEN_POSITIONS + index
-    x = self.code_embed(codes) + self.position[position].astype(self.dtype)
+    x = self.code_embed(codes)
+    x = x + jnp.take(self.position, position, axis=0).astype(x.dtype)
     B, L = cache.mask.shape
     own = jnp.arange(len(self.position)) <= position
     mask = jnp.concatenate(

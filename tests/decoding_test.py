@@ -1,0 +1,219 @@
+"""Autoregressive sampling: the distribution drawn from, guidance, keys."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import random_variables
+from unclip_jax import decoding
+from unclip_jax.utils import errors
+
+V = 3
+LENGTH = 3
+# Logits of the next token, by the last two tokens (V stands for none).
+TABLE = 2 * random_variables.normal(V + 1, V + 1, V)
+
+
+def decode_fn(tokens, index, cache):
+  """A second-order Markov chain; the cache [B, LENGTH] holds all tokens."""
+  cache = jax.lax.dynamic_update_slice(
+    cache, tokens[:, None], (jnp.int32(0), index)
+  )
+  before = cache[:, jnp.maximum(index - 1, 0)]
+  before = jnp.where(index == 0, V, before)
+  return jnp.asarray(TABLE)[before, tokens], cache
+
+
+def start(B):
+  logits = jnp.broadcast_to(TABLE[V, V], (B, V))
+  return logits, jnp.zeros((B, LENGTH), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("B", "temperature", "k", "p"))
+def draw(rng, B, temperature=1.0, k=None, p=None, known=None, is_known=None):
+  return decoding.sample(
+    decode_fn,
+    *start(B),
+    rng,
+    num_tokens=LENGTH,
+    temperature=temperature,
+    top_k=k,
+    top_p=p,
+    known=known,
+    is_known=is_known,
+  )
+
+
+def distribution(next_probs):
+  """Probability of every sequence, by chained next-token probabilities."""
+  probs = {}
+  for sequence in itertools.product(range(V), repeat=LENGTH):
+    padded = (V, V, *sequence)
+    probs[sequence] = np.prod(
+      [
+        next_probs(TABLE[padded[i], padded[i + 1]])[padded[i + 2]]
+        for i in range(LENGTH)
+      ]
+    )
+  return probs
+
+
+def softmax(x):
+  weights = np.exp(x - x.max())
+  return weights / weights.sum()
+
+
+def top_k_probs(x, k):
+  return softmax(np.where(x < np.sort(x)[-k], -np.inf, x))
+
+
+def top_p_probs(x, p):
+  order = np.argsort(-x)
+  count = 1 + np.sum(np.cumsum(softmax(x)[order])[:-1] < p)
+  kept = np.full(V, -np.inf)
+  kept[order[:count]] = x[order[:count]]
+  return softmax(kept)
+
+
+@pytest.mark.parametrize(
+  ("options", "next_probs"),
+  [
+    ({}, softmax),
+    ({"temperature": 0.5}, lambda x: softmax(x / 0.5)),
+    ({"k": 2}, lambda x: top_k_probs(x, 2)),
+    ({"p": 0.6}, lambda x: top_p_probs(x, 0.6)),
+    ({"p": 0.8, "temperature": 2.0}, lambda x: top_p_probs(x / 2.0, 0.8)),
+  ],
+)
+def test_sequences_have_the_chain_rules_probabilities(options, next_probs):
+  B = 20_000
+  tokens = np.asarray(draw(jax.random.key(0), B, **options))
+  expected = distribution(next_probs)
+  assert sum(expected.values()) == pytest.approx(1)
+  for sequence, p in expected.items():
+    share = (tokens == sequence).all(axis=1).mean()
+    assert abs(share - p) <= 5 * np.sqrt(p * (1 - p) / B), sequence
+
+
+def test_temperature_0_and_top_1_take_the_most_probable_token():
+  greedy, token = [], None
+  padded = [V, V]
+  for _ in range(LENGTH):
+    token = int(np.argmax(TABLE[padded[-2], padded[-1]]))
+    padded.append(token)
+    greedy.append(token)
+  for options in ({"temperature": 0.0}, {"k": 1}, {"p": 1e-6}):
+    tokens = draw(jax.random.key(1), 4, **options)
+    np.testing.assert_array_equal(tokens, [greedy] * 4)
+
+
+def test_a_row_depends_on_its_own_key_alone():
+  keys = jax.random.split(jax.random.key(0), 6)
+  together = np.asarray(draw(keys, 6))
+  assert len({tuple(row) for row in together}) > 1
+  for i in (0, 3, 5):
+    np.testing.assert_array_equal(draw(keys[i : i + 1], 1)[0], together[i])
+
+
+def test_known_tokens_stay_and_the_others_are_drawn_given_them():
+  B = 20_000
+  known = jnp.broadcast_to(jnp.asarray([1, 0, 2]), (B, LENGTH))
+  tokens = draw(
+    jax.random.key(0), B, known=known, is_known=jnp.asarray([True, False, True])
+  )
+  np.testing.assert_array_equal(tokens[:, 0], 1)
+  np.testing.assert_array_equal(tokens[:, 2], 2)
+  expected = softmax(TABLE[V, 1])
+  shares = np.bincount(tokens[:, 1], minlength=V) / B
+  np.testing.assert_allclose(shares, expected, atol=0.02)
+
+
+def _guided(scale, temperature=1.0, B=4):
+  """Tokens, and how many rows each traced call of the network had.
+
+  The unconditional half has the table's logits reversed.
+  """
+  rows = []
+
+  def guided_decode_fn(tokens, index, cache):
+    rows.append(len(tokens))
+    logits, cache = decode_fn(tokens, index, cache)
+    is_null = jnp.arange(len(tokens)) >= B
+    return jnp.where(is_null[:, None], logits[:, ::-1], logits), cache
+
+  logits, cache = start(B)
+  if scale != 1.0:
+    logits = jnp.concatenate([logits, logits[:, ::-1]])
+    cache = jnp.concatenate([cache, cache])
+  tokens = decoding.sample(
+    guided_decode_fn,
+    logits,
+    cache,
+    jax.random.split(jax.random.key(0), B),
+    num_tokens=LENGTH,
+    guidance_scale=scale,
+    temperature=temperature,
+  )
+  return np.asarray(tokens), set(rows)
+
+
+def test_guidance_of_scale_1_runs_no_second_half():
+  tokens, rows = _guided(1.0)
+  assert rows == {4}
+  np.testing.assert_array_equal(
+    tokens, draw(jax.random.split(jax.random.key(0), 4), 4)
+  )
+  # 1 + 1e-7 gives nearly the same logits, through the second half.
+  again, rows = _guided(1.0 + 1e-7)
+  assert rows == {8}
+  np.testing.assert_array_equal(again, tokens)
+
+
+@pytest.mark.parametrize("scale", [0.0, 5.0])
+def test_guidance_is_linear_in_the_logits(scale):
+  tokens, _ = _guided(scale, temperature=0.0)
+  padded = [V, V]
+  for token in tokens[0]:
+    logits = TABLE[padded[-2], padded[-1]]
+    null = logits[::-1]
+    assert token == np.argmax(null + scale * (logits - null))
+    padded.append(int(token))
+  assert np.any(tokens != draw(jax.random.key(0), 4, temperature=0.0))
+
+
+def test_tokens_are_drawn_in_one_scan():
+  program = draw.trace(jax.random.key(0), 2).jaxpr
+  scans = [x for x in program.eqns if x.primitive.name == "scan"]
+  assert len(scans) == 1 and scans[0].params["length"] == LENGTH - 1
+
+
+def test_on_step_is_called_after_every_token():
+  calls = []
+  tokens = decoding.sample(
+    decode_fn,
+    *start(2),
+    jax.random.key(0),
+    num_tokens=LENGTH,
+    on_step=calls.append,
+  )
+  jax.block_until_ready(tokens)
+  jax.effects_barrier()
+  assert calls == [LENGTH] * LENGTH
+
+
+@pytest.mark.parametrize(
+  ("options", "word"),
+  [
+    ({"temperature": -1.0}, "temperature"),
+    ({"k": 0}, "top_k"),
+    ({"p": 0.0}, "top_p"),
+    ({"p": 1.5}, "top_p"),
+  ],
+)
+def test_an_option_out_of_its_range_is_an_error(options, word):
+  with pytest.raises(errors.UserError, match=word):
+    draw(jax.random.key(0), 1, **options)
