@@ -20,12 +20,14 @@ PROGRAM = textwrap.dedent(
   from unclip_jax.utils import config as config_lib, trees
 
   name, mesh, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+  parts = json.loads(sys.argv[4])
   config = config_lib.load(f"configs/emoji/{name}.py:smoke")
   config_lib.apply_overrides(config, {"optim.name": "sgd"})
   with config.unlocked():
     config.mesh = mesh
     config.optim.learning_rate = 0.1
     config.optim.warmup_steps = 0
+    config.update(parts)
   assert len(jax.devices()) == int(np.prod(list(mesh.values())))
   run = trainer.setup(config)
   # In a fresh CLIP every picture has the same embedding, up to rounding.
@@ -45,7 +47,13 @@ PROGRAM = textwrap.dedent(
     out_shardings=shardings,
   )(jax.random.key(0), first, frozen)
   step = jax.jit(
-    trainer.make_train_step(run.task, run.tx, ema_decay=0.9),
+    trainer.make_train_step(
+      run.task,
+      run.tx,
+      ema_decay=0.9,
+      num_microbatches=config.num_microbatches,
+      sam=run.sam,
+    ),
     out_shardings=(shardings, partitioning.replicated(run.mesh)),
   )
   losses = []
@@ -72,15 +80,31 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler"])
-def test_eight_devices_equal_one(name, tmp_path, run_python):
+# Two microbatches, of eight replicas for SAM: each device has its own.
+PARTS = dict(batch_size=32, num_microbatches=2)
+SAM = dict(sam_rho=0.1, sam_replica_batch=2)
+
+
+@pytest.mark.parametrize(
+  "name, parts, mesh_names",
+  [
+    ("clip", {}, ("data", "hybrid")),
+    ("clip", PARTS, ("data",)),
+    ("clip", PARTS | {"optim": SAM}, ("data",)),
+    ("prior", {}, ("data",)),
+    ("decoder", {}, ("data", "hybrid")),
+    ("upsampler", {}, ("data",)),
+  ],
+  ids=["clip", "clip-cached", "clip-sam", "prior", "decoder", "upsampler"],
+)
+def test_eight_devices_equal_one(name, parts, mesh_names, tmp_path, run_python):
   results = {}
-  for mesh_name, mesh in MESHES.items():
-    if mesh_name == "hybrid" and name not in ("clip", "decoder"):
-      continue
+  for mesh_name in ("one", *mesh_names):
+    mesh = MESHES[mesh_name]
     out = tmp_path / f"{mesh_name}.npz"
     devices = int(np.prod(list(mesh.values())))
-    run_python("-c", PROGRAM, name, json.dumps(mesh), str(out), devices=devices)
+    args = (name, json.dumps(mesh), str(out), json.dumps(parts))
+    run_python("-c", PROGRAM, *args, devices=devices)
     with np.load(out, allow_pickle=False) as arrays:
       results[mesh_name] = {k: arrays[k] for k in arrays.files}
   one = results.pop("one")

@@ -105,11 +105,6 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
   assert np.abs(results[0] - params["w"]).max() > 1e-3
 
 
-def test_microbatches_are_refused_where_examples_are_coupled():
-  with pytest.raises(errors.UserError, match="couples"):
-    one_step(smoke("clip"), num_microbatches=2)
-
-
 def test_a_nonfinite_gradient_changes_nothing_and_is_counted():
   config = smoke("upsampler")
   run = trainer.setup(config)

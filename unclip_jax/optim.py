@@ -16,6 +16,9 @@ The order of the chain, and why:
                 bit for bit (-0.0 + 0.0 is not; XLA may flush denormals).
 
 Weight decay is multiplied by the learning rate, as in optax and PyTorch.
+
+SAM (Foret et al. 2020, arXiv 2010.01412) changes where the gradient is taken
+(gradients.py), not what is done with it; its perturbation is made here.
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ class Optim:
       found in a name (`re.search`) counts. An action is "freeze" or
       dict(lr_mult=0.1). Every regex must be found in some name.
     skip_nonfinite: the guard.
+    sam_rho: length of SAM's perturbation of the parameters; None or 0 = no
+      SAM.
+    sam_replica_batch: examples that share a perturbation (the m of Foret et
+      al., section 4.1); divides config.batch_size / config.num_microbatches.
+      None = the whole batch.
   """
 
   learning_rate: float
@@ -75,6 +83,29 @@ class Optim:
   clip_norm: float | None = None
   rules: tuple[tuple[str, str | Mapping[str, float]], ...] = ()
   skip_nonfinite: bool = True
+  sam_rho: float | None = None
+  sam_replica_batch: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sam:
+  """Sharpness-aware minimisation as gradients.py needs it; see `Optim`."""
+
+  optim: Optim
+  replica_batch: int
+
+  def perturbation(self, grads: PyTree) -> PyTree:
+    """rho g / ||g||_2 of what is trained, 0 for frozen parameters.
+
+    Equation 2 of Foret et al. with p = 2. A gradient of 0 perturbs nothing.
+    """
+    trained = jax.tree.map(
+      lambda mult, g: jnp.zeros_like(g) if mult == _FROZEN else g,
+      _multipliers(self.optim, grads),
+      grads,
+    )
+    norm = jnp.maximum(optax.tree.norm(trained), jnp.finfo(jnp.float32).tiny)
+    return jax.tree.map(lambda g: self.optim.sam_rho * (g / norm), trained)
 
 
 def make_optimizer(
@@ -129,6 +160,35 @@ def make_optimizer(
     optax.stateless(lambda updates, _: _scaled(optim, updates)),
   )
   return tx, schedule
+
+
+def make_sam(
+  config_optim: ml_collections.ConfigDict,
+  batch_size: int,
+  num_microbatches: int,
+) -> Sam | None:
+  """SAM as a config describes it, or None where it has no rho.
+
+  Raises:
+    UserError: a negative rho, or microbatches that do not divide into replicas.
+  """
+  optim = config_lib.construct(Optim, config_optim, where="config.optim")
+  if not optim.sam_rho:
+    return None
+  if not optim.sam_rho > 0.0:
+    raise errors.UserError(
+      f"config.optim.sam_rho {optim.sam_rho} is a length: choose 0 (no SAM) or "
+      "more"
+    )
+  rows = optim.sam_replica_batch
+  rows = batch_size if rows is None else rows
+  if rows < 1 or batch_size // num_microbatches % rows:
+    raise errors.UserError(
+      f"config.optim.sam_replica_batch {rows} does not divide a microbatch of "
+      f"{batch_size // num_microbatches} (config.batch_size {batch_size} / "
+      f"config.num_microbatches {num_microbatches}): choose a divisor"
+    )
+  return Sam(optim, rows)
 
 
 def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:

@@ -30,7 +30,7 @@ import ml_collections
 import optax
 from absl import logging
 
-from unclip_jax import checkpoints, optim, partitioning, upstream
+from unclip_jax import checkpoints, gradients, optim, partitioning, upstream
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.train_state import TrainState
@@ -72,46 +72,19 @@ def make_train_step(
   *,
   ema_decay: float,
   num_microbatches: int = 1,
+  sam: optim.Sam | None = None,
 ) -> TrainStep:
   """The pure update `(state, frozen, batch, rng) -> (state, metrics)`.
 
   Args:
     ema_decay: of the moving average of parameters.
-    num_microbatches: parts of the batch whose gradients are averaged before
-      the one update; equal to one part for losses that are means over
-      examples.
-
-  Raises:
-    UserError: microbatches for a task whose examples depend on each other.
+    num_microbatches: parts of the batch that are seen one after another before
+      the one update; see gradients.py.
+    sam: sharpness-aware minimisation; None = off.
   """
-  if num_microbatches > 1 and task.batch_coupled:
-    raise errors.UserError(
-      "config.num_microbatches must be 1 for this task: its loss couples the "
-      "examples of a batch, so parts of a batch have another loss"
-    )
-
-  def grads_of(
-    params: PyTree,
-    model_state: PyTree,
-    frozen: tasks_base.Frozen,
-    batch: tasks_base.Batch,
-    rng: jax.Array,
-    step: jax.Array,
-  ) -> tuple[PyTree, PyTree, Metrics]:
-    def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-      output = task.loss(
-        {"params": params, **model_state},
-        frozen,
-        batch,
-        rng,
-        step=step,
-        train=True,
-      )
-      metrics = jax.tree.map(jnp.mean, {**output.metrics, "loss": output.loss})
-      return jnp.mean(output.loss), (output.model_state, metrics)
-
-    grads, (model_state, metrics) = jax.grad(mean_loss, has_aux=True)(params)
-    return grads, model_state, metrics
+  gradients_of = gradients.make_gradients(
+    task, num_microbatches=num_microbatches, sam=sam
+  )
 
   def train_step(
     state: TrainState,
@@ -120,19 +93,9 @@ def make_train_step(
     rng: jax.Array,
   ) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(rng, state.step)
-    if num_microbatches == 1:
-      grads, model_state, metrics = grads_of(
-        state.params, state.model_state, frozen, batch, rng, state.step
-      )
-    else:
-      grads, model_state, metrics = _accumulate(
-        lambda model_state, part, part_rng: grads_of(
-          state.params, model_state, frozen, part, part_rng, state.step
-        ),
-        state.model_state,
-        _split_batch(batch, num_microbatches),
-        jax.random.split(rng, num_microbatches),
-      )
+    grads, model_state, metrics = gradients_of(
+      state.params, state.model_state, frozen, batch, rng, state.step
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optim.ema_update(
@@ -148,42 +111,6 @@ def make_train_step(
   return train_step
 
 
-def _split_batch(batch: tasks_base.Batch, n: int) -> tasks_base.Batch:
-  """[B, ...] -> [n, B / n, ...]; each part takes rows from every shard."""
-
-  def split(x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
-
-  return jax.tree.map(split, batch)
-
-
-def _accumulate(
-  grads_of: Callable[..., tuple[PyTree, PyTree, Metrics]],
-  model_state: PyTree,
-  batches: tasks_base.Batch,
-  rngs: jax.Array,
-) -> tuple[PyTree, PyTree, Metrics]:
-  """Mean gradients and metrics over the leading axis of `batches`."""
-  n = rngs.shape[0]
-
-  def body(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
-    model_state, sums = carry
-    batch, rng = part
-    grads, model_state, metrics = grads_of(model_state, batch, rng)
-    return (model_state, jax.tree.map(jnp.add, sums, (grads, metrics))), None
-
-  first = jax.tree.map(lambda x: x[0], batches)
-  shapes = jax.eval_shape(grads_of, model_state, first, rngs[0])
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2])
-  )
-  (model_state, sums), _ = jax.lax.scan(
-    body, (model_state, zeros), (batches, rngs)
-  )
-  grads, metrics = jax.tree.map(lambda x: x / n, sums)
-  return grads, model_state, metrics
-
-
 @dataclasses.dataclass(frozen=True)
 class Setup:
   """What a config describes, built, with no parameter allocated yet."""
@@ -192,6 +119,7 @@ class Setup:
   task: tasks_base.Task
   tx: optax.GradientTransformation
   learning_rate: Callable[[Any], Any]
+  sam: optim.Sam | None
   data: data_pipeline.DataPipeline
   mesh: jax.sharding.Mesh
   frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
@@ -229,6 +157,9 @@ def setup(
     task=tasks_base.build(config, {k: m.task for k, m in models.items()}),
     tx=tx,
     learning_rate=learning_rate,
+    sam=optim.make_sam(
+      config.optim, config.batch_size, config.num_microbatches
+    ),
     data=data_pipeline.DataPipeline.from_config(
       config.data, seed=config.seed, assets_dir=assets_dir
     ),
@@ -376,6 +307,7 @@ def _loop(
       run.tx,
       ema_decay=config.ema_decay,
       num_microbatches=config.num_microbatches,
+      sam=run.sam,
     ),
     donate_argnums=0,
     out_shardings=(

@@ -38,7 +38,8 @@ class LossOutput(NamedTuple):
 class Task(Protocol):
   """One training objective. Implementations are frozen dataclasses."""
 
-  batch_coupled: bool  # True: the loss of one example depends on the others
+  # True: the loss of one example depends on the others. See CoupledTask.
+  batch_coupled: bool
 
   def init(self, rng: jax.Array, batch: Batch, frozen: Frozen) -> Variables:
     """The network's variables; `batch` gives shapes and dtypes."""
@@ -84,6 +85,36 @@ class Task(Protocol):
 
   def predict_fns(self) -> dict[str, PredictFn]:
     """What evaluators may ask for, by name."""
+
+
+class CoupledTask(Task, Protocol):
+  """A task whose loss couples the examples of a batch: `batch_coupled` is True.
+
+  Its `loss` is `coupled_loss` of what `encode` gives for the batch, which lets
+  the trainer encode a batch in parts that fit into memory (gradients.py). It
+  has no model state.
+  """
+
+  def encode(
+    self,
+    variables: Variables,
+    frozen: Frozen,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    train: bool,
+  ) -> PyTree:
+    """What the loss needs of each example, [B, ...]; no example sees another.
+
+    Pure: the same key draws the same.
+    """
+
+  def coupled_loss(self, variables: Variables, outputs: PyTree) -> LossOutput:
+    """The objective from the outputs [B, ...] of the whole batch; pure.
+
+    Parameters that it reads itself (a scale of the logits) get their gradient
+    here; SAM does not perturb them.
+    """
 
 
 def build(

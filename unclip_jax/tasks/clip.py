@@ -82,7 +82,21 @@ class Task:
     step: jax.Array,
     train: bool,
   ) -> base.LossOutput:
-    del frozen, step
+    del step
+    outputs = self.encode(variables, frozen, batch, rng, train=train)
+    return self.coupled_loss(variables, outputs)
+
+  def encode(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+    *,
+    train: bool,
+  ) -> dict[str, jax.Array]:
+    """`image_embed` and `text_embed` [B, D], not normalised."""
+    del frozen
     output, _ = self.model.apply(
       variables,
       batch["image"],
@@ -91,20 +105,26 @@ class Task:
       train=train,
       rngs={"dropout": rng},
     )
+    return {k: output[k] for k in ("image_embed", "text_embed")}
+
+  def coupled_loss(
+    self, variables: base.Variables, outputs: dict[str, jax.Array]
+  ) -> base.LossOutput:
+    params = variables["params"]
     # Radford et al., section 2.5: the scale is kept at or below 100.
     logit_scale = jnp.exp(
-      jnp.minimum(output["logit_scale"], math.log(self.max_logit_scale))
+      jnp.minimum(params["logit_scale"], math.log(self.max_logit_scale))
     )
-    image_embed = normalize(output["image_embed"])
-    text_embed = normalize(output["text_embed"])
+    image_embed = normalize(outputs["image_embed"])
+    text_embed = normalize(outputs["text_embed"])
     if self.loss_type == "sigmoid":
-      if "logit_bias" not in output:
+      if "logit_bias" not in params:
         raise errors.UserError(
           "loss_type 'sigmoid' needs a bias: set config.model.logit_bias_init,"
           " which is -10 in SigLIP"
         )
       loss, metrics = contrastive.sigmoid(
-        image_embed, text_embed, logit_scale, output["logit_bias"]
+        image_embed, text_embed, logit_scale, params["logit_bias"]
       )
     elif self.loss_type == "softmax":
       loss, metrics = contrastive.softmax(image_embed, text_embed, logit_scale)
