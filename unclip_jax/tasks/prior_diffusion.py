@@ -73,15 +73,14 @@ class Task:
   def _condition(
     self, frozen: base.Frozen, batch: base.Batch
   ) -> dict[str, jax.Array]:
-    """z_t scaled to the norm of a standard normal vector, and text states."""
+    """z_t scaled to the norm of a standard normal vector, and the caption."""
     text_embed, text_encodings = self.upstream["clip"].encode_text(
       frozen["clip"], batch["text_tokens"], batch["text_mask"]
     )
     scale = text_embed.shape[-1] ** 0.5
     return {
       "text_embed": clip_task.normalize(text_embed) * scale,
-      "text_encodings": text_encodings,
-      "text_mask": batch["text_mask"],
+      **caption(batch, text_encodings, self.model.vocab_size is not None),
     }
 
   def _true_image_embed(
@@ -230,6 +229,19 @@ class Task:
       }
 
     return {"loss": base.loss_predict_fn(self), "sample": sample}
+
+
+def caption(
+  batch: base.Batch, text_encodings: jax.Array, as_tokens: bool
+) -> dict[str, jax.Array]:
+  """A network's text: its tokens, or the CLIP's states of them."""
+  if as_tokens:
+    return {k: batch[k] for k in ("text_tokens", "text_mask")}
+  L = text_encodings.shape[1]
+  return {
+    "text_encodings": text_encodings,
+    "text_mask": batch["text_mask"][:, :L],
+  }
 
 
 def fit_embedding_space(
