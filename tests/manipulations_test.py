@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from tests import random_pipelines
-from unclip_jax import manipulations
+from unclip_jax import manipulations, pipelines
 from unclip_jax.utils import errors
 
 

@@ -150,7 +150,10 @@ class UnCLIPPipeline:
 
   def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """`text_tokens` [B, L] int32 and `text_mask` [B, L] bool."""
-    length = self.parts["clip"].config.model.context_length
+    length = max(
+      self.parts[name].config.data.preprocess.context_length
+      for name in ("clip", "prior", "decoder")
+    )
     text_tokens, text_mask = self.tokenizer.encode(list(captions), length)
     return {"text_tokens": text_tokens, "text_mask": text_mask}
 

@@ -15,6 +15,7 @@ from unclip_jax.utils import errors
 MODEL = prior.Model(
   embed_dim=6, text_width=10, context_length=5, width=16, depth=2, num_heads=2
 )
+TOKEN_MODEL = MODEL.clone(text_width=None, vocab_size=20)
 KEEP = np.zeros(3, bool)
 DROP = np.asarray([False, True, False])
 INPUTS = {
@@ -33,21 +34,28 @@ def _variables():
   return random_variables.like(MODEL.init, **INPUTS)
 
 
+@pytest.fixture(name="token_inputs", scope="module")
+def _token_inputs():
+  inputs = {k: v for k, v in INPUTS.items() if k != "text_encodings"}
+  tokens = np.random.default_rng(0).integers(1, 20, (3, 5), np.int32)
+  return {**inputs, "text_tokens": tokens}
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def _apply(variables, inputs, text_drop=None, model=MODEL):
   return model.apply(variables, **inputs, text_drop=text_drop)
 
 
-@jax.jit
-def _prefill(variables, text, text_drop=None):
-  return MODEL.apply(
-    variables, **text, text_drop=text_drop, method=MODEL.prefill
+@functools.partial(jax.jit, static_argnames="model")
+def _prefill(variables, text, text_drop=None, model=MODEL):
+  return model.apply(
+    variables, **text, text_drop=text_drop, method=model.prefill
   )
 
 
-@jax.jit
-def _denoise(variables, step, cache):
-  return MODEL.apply(variables, **step, cache=cache, method=MODEL.denoise)
+@functools.partial(jax.jit, static_argnames="model")
+def _denoise(variables, step, cache, model=MODEL):
+  return model.apply(variables, **step, cache=cache, method=model.denoise)
 
 
 def _pick(names):
@@ -223,3 +231,45 @@ def test_another_context_length_is_an_error():
   }
   with pytest.raises(errors.UserError, match="5 text states, not 4"):
     jax.eval_shape(functools.partial(MODEL.init, jax.random.key(0), **short))
+
+
+def test_a_prior_that_encodes_the_caption_itself(token_inputs):
+  variables = random_variables.like(TOKEN_MODEL.init, **token_inputs)
+  assert "text_encodings_proj" not in variables["params"]
+  output, _ = _apply(variables, token_inputs, DROP, TOKEN_MODEL)
+  # The cache has all of the text; `_denoise` sees no token.
+  text = {k: v for k, v in token_inputs.items() if k not in STEP}
+  cache = _prefill(variables, text, DROP, TOKEN_MODEL)
+  cached = _denoise(variables, _pick(STEP), cache, TOKEN_MODEL)
+  np.testing.assert_allclose(cached, output, rtol=1e-5, atol=1e-5)
+
+  tokens = token_inputs["text_tokens"]
+  changes = {
+    "padding": np.where(INPUTS["text_mask"], tokens, 19),
+    "dropped": np.where(DROP[:, None], 19, tokens),
+    "real": np.where(INPUTS["text_mask"], 19, tokens),
+  }
+  difference = {
+    name: np.abs(
+      _apply(variables, {**token_inputs, "text_tokens": x}, DROP, TOKEN_MODEL)[
+        0
+      ]
+      - output
+    ).max(-1)
+    for name, x in changes.items()
+  }
+  assert not np.any(difference["padding"]) and not np.any(difference["dropped"])
+  np.testing.assert_array_equal(difference["real"] > 1e-3, ~DROP)
+
+
+def test_a_prior_takes_states_or_tokens(token_inputs):
+  def init(model, inputs):
+    jax.eval_shape(functools.partial(model.init, jax.random.key(0), **inputs))
+
+  for model in (MODEL.clone(vocab_size=20), MODEL.clone(text_width=None)):
+    with pytest.raises(errors.UserError, match="either text_width"):
+      init(model, INPUTS)
+  with pytest.raises(errors.UserError, match="conditioned on text_encodings"):
+    init(MODEL, token_inputs)
+  with pytest.raises(errors.UserError, match="conditioned on text_tokens"):
+    init(TOKEN_MODEL, INPUTS)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +33,12 @@ UPSAMPLER = unet.Model(
   num_res_blocks=1,
   attention_resolutions=(),
 )
+GLIDE = MODEL.clone(
+  text_width=None,
+  text_encoder=flax.core.freeze(  # hashable, for jit
+    dict(vocab_size=20, context_length=6, width=12, depth=1, num_heads=2)
+  ),
+)
 KEEP = np.zeros(2, bool)
 DROP = np.asarray([True, False])
 X_T = random_variables.normal(2, 8, 8, 3)
@@ -40,6 +47,11 @@ CONDITIONS = {
   "image_embed": random_variables.normal(2, 6),
   "text_encodings": random_variables.normal(2, 5, 10),
   "text_mask": np.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool),
+}
+TOKENS = {
+  "image_embed": CONDITIONS["image_embed"],
+  "text_tokens": np.asarray([[1, 5, 2, 0, 0], [1, 6, 7, 8, 2]], np.int32),
+  "text_mask": CONDITIONS["text_mask"],
 }
 
 
@@ -76,37 +88,6 @@ def _weighted_gradients(variables, image_embed_drop, text_drop):
   return by_image_embed, by_text, by_variables["params"]
 
 
-def _init_arguments(low_res):
-  picture = jnp.zeros((1, 64, 64, 3))
-  arguments = (picture, jnp.zeros(1, jnp.int32))
-  return arguments, {"low_res": picture} if low_res else {}
-
-
-@pytest.mark.parametrize(
-  ("channels", "mult", "num_res_blocks", "scale_shift_norm", "expected"),
-  [
-    (320, (1, 2, 3, 4), 3, False, 691_579_523),
-    (320, (1, 2, 3, 4), 3, True, 729_702_083),
-    (192, (1, 1, 2, 2, 4, 4), 2, False, 267_146_691),
-    (192, (1, 1, 2, 2, 4, 4), 2, True, 282_059_139),
-  ],
-)
-def test_parameters_of_the_upsamplers(
-  channels, mult, num_res_blocks, scale_shift_norm, expected
-):
-  model = unet.Model(
-    image_size=256,
-    out_channels=3,
-    channels=channels,
-    channel_mult=mult,
-    num_res_blocks=num_res_blocks,
-    attention_resolutions=(),
-    scale_shift_norm=scale_shift_norm,
-  )
-  arguments, low_res = _init_arguments(low_res=True)
-  assert random_variables.count(model.init, *arguments, **low_res) == expected
-
-
 def test_parameters_of_karlos_decoder():
   model = unet.Model(
     image_size=64,
@@ -119,35 +100,15 @@ def test_parameters_of_karlos_decoder():
     text_width=768,
     context_width=1536,
   )
-  arguments, _ = _init_arguments(low_res=False)
   count = random_variables.count(
     model.init,
-    *arguments,
+    jnp.zeros((1, 64, 64, 3)),
+    jnp.zeros(1, jnp.int32),
     image_embed=jnp.zeros((1, 768)),
     text_encodings=jnp.zeros((1, 77, 768)),
   )
   null_text_encodings = 768  # Karlo has none
   assert count == 885_439_686 + 7_878_400 + null_text_encodings
-
-
-def test_parameters_of_the_papers_decoder():
-  model = unet.Model(
-    image_size=64,
-    out_channels=6,
-    channels=512,
-    channel_mult=(1, 2, 3, 4),
-    num_res_blocks=3,
-    attention_resolutions=(32, 16, 8),
-    text_width=2048,
-  )
-  arguments, _ = _init_arguments(low_res=False)
-  count = random_variables.count(
-    model.init, *arguments, text_encodings=jnp.zeros((1, 256, 2048))
-  )
-  # The U-Net proper: without what brings the text to it.
-  projections = 2 * (2048 * 2048 + 2048)
-  layer_norm, null = 2 * 2048, 2048
-  assert count == 2_238_164_486 + projections + layer_norm + null
 
 
 def test_outputs(variables):
@@ -175,14 +136,14 @@ def test_new_unet_predicts_zero(variables):
   assert np.all(out["mid"] != 0)
 
 
-@jax.jit
-def _encode_condition(variables, conditions):
-  return MODEL.apply(variables, **conditions, method=MODEL.encode_condition)
+@functools.partial(jax.jit, static_argnames="model")
+def _encode_condition(variables, conditions, model=MODEL):
+  return model.apply(variables, **conditions, method=model.encode_condition)
 
 
-@jax.jit
-def _denoise(variables, condition):
-  return MODEL.apply(variables, X_T, TIMESTEPS, condition, method=MODEL.denoise)
+@functools.partial(jax.jit, static_argnames="model")
+def _denoise(variables, condition, model=MODEL):
+  return model.apply(variables, X_T, TIMESTEPS, condition, method=model.denoise)
 
 
 @pytest.mark.parametrize("drops", [{}, {"image_embed_drop", "text_drop"}])
@@ -198,21 +159,66 @@ def test_encode_condition_and_denoise_equal_the_whole(variables, drops):
   assert condition.context["mid_0"].key.shape == (2, 2, 2 + 5, 8)
 
 
-def test_denoise_reads_no_parameter_of_the_conditions(variables):
-  condition = jax.eval_shape(_encode_condition, variables, CONDITIONS)
-  jaxpr = jax.make_jaxpr(_denoise.__wrapped__)(variables, condition).jaxpr
+def _unread_by_denoise(variables, conditions, model):
+  """Names of the parameters and conditions that a diffusion step leaves."""
+  encode = functools.partial(_encode_condition, model=model)
+  condition = jax.eval_shape(encode, variables, conditions)
+  denoise = functools.partial(_denoise.__wrapped__, model=model)
+  jaxpr = jax.make_jaxpr(denoise)(variables, condition).jaxpr
   read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
   paths = [
     jax.tree_util.keystr(path, simple=True, separator=".")
     for path, _ in jax.tree_util.tree_leaves_with_path((variables, condition))
   ]
   unread = {path for path, v in zip(paths, jaxpr.invars) if id(v) not in read}
+  return unread, set(paths)
+
+
+def test_denoise_reads_no_parameter_of_the_conditions(variables):
+  unread, paths = _unread_by_denoise(variables, CONDITIONS, MODEL)
   assert unread == {
     path
     for path in paths
     if any(name in path for name in ("null_", "text_", "embed_", "context_"))
     and "time_embed." not in path
   }
+
+
+@pytest.fixture(name="glide_variables", scope="module")
+def _glide_variables():
+  return random_variables.like(GLIDE.init, X_T, TIMESTEPS, **TOKENS)
+
+
+def test_own_text_encoder_runs_once_per_prompt(glide_variables):
+  unread, paths = _unread_by_denoise(glide_variables, TOKENS, GLIDE)
+  encoder = {path for path in paths if ".params.text." in f".{path}"}
+  assert len(encoder) > 10 and encoder <= unread
+  output, _ = _apply(glide_variables, X_T, TIMESTEPS, model=GLIDE, **TOKENS)
+  condition = _encode_condition(glide_variables, TOKENS, model=GLIDE)
+  np.testing.assert_allclose(
+    _denoise(glide_variables, condition, model=GLIDE),
+    output,
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  # 2 image tokens and 5 states of the caption, padded ones too.
+  assert condition.mask.shape == (2, 2 + 5) and np.all(condition.mask)
+
+
+def test_captions_dropped_from_the_own_encoder_are_empty(glide_variables):
+  def output(**conditions):
+    return _apply(
+      glide_variables, X_T, TIMESTEPS, model=GLIDE, **{**TOKENS, **conditions}
+    )[0]
+
+  whole = output()
+  dropped = output(text_drop=DROP)
+  empty = output(text_mask=TOKENS["text_mask"] & ~DROP[:, None])
+  np.testing.assert_array_equal(dropped, empty)
+  np.testing.assert_allclose(dropped[~DROP], whole[~DROP], rtol=1e-5, atol=1e-5)
+  assert np.abs(dropped[DROP] - whole[DROP]).max() > 1e-2
+  other = output(text_drop=DROP, text_tokens=TOKENS["text_tokens"][::-1])
+  np.testing.assert_allclose(other[DROP], dropped[DROP], rtol=1e-5, atol=1e-5)
 
 
 def test_output_depends_on_the_conditions_and_on_no_padding(variables):
@@ -369,6 +375,10 @@ def test_user_mistakes():
     init(UPSAMPLER, text_encodings=CONDITIONS["text_encodings"])
   with pytest.raises(errors.UserError, match=r"\[5\] are no level"):
     init(dataclasses.replace(MODEL, attention_resolutions=(4, 5)), **CONDITIONS)
+  with pytest.raises(errors.UserError, match="leave out text_width"):
+    init(GLIDE.clone(text_width=10), **TOKENS)
+  with pytest.raises(errors.UserError, match="conditioned on text_tokens"):
+    init(GLIDE, image_embed=CONDITIONS["image_embed"])
   with pytest.raises(errors.UserError, match="head_channels 5"):
     init(dataclasses.replace(MODEL, head_channels=5), **CONDITIONS)
 

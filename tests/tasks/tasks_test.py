@@ -153,6 +153,28 @@ def test_clip_scale_is_clamped():
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+def test_clip_cuts_long_captions_as_the_tokenizer_does():
+  task, variables, _, _ = _ready("clip")
+  context = task.model.context_length
+  rng = np.random.default_rng(0)
+  lengths = np.array([3, context, context + 1, context + 9])
+  mask = np.arange(context + 9) < lengths[:, None]
+  tokens = np.where(mask, rng.integers(4, 99, mask.shape), 0).astype(np.int32)
+  tokens[range(4), lengths - 1] = 3  # the end of sequence
+  cut, cut_mask = tokens[:, :context].copy(), mask[:, :context]
+  cut[cut_mask[:, -1], -1] = 3
+
+  expected = task.encode_text(variables, cut, cut_mask)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    task.encode_text(variables, tokens, mask),
+    expected,
+  )
+  without_end = task.encode_text(variables, tokens[:, :context], cut_mask)
+  changed = np.abs(without_end[0] - expected[0]).max(-1) > 1e-4
+  np.testing.assert_array_equal(changed, [0, 0, 1, 1])
+
+
 def test_the_sigmoid_loss_asks_for_a_bias():
   task, variables, frozen, batch = _ready("clip")
   task = dataclasses.replace(task, loss_type="sigmoid")
@@ -251,7 +273,8 @@ def test_the_error_of_x_start_is_estimated_timestep_by_timestep(prior):
   assert table.shape == (1000,)
   # Row i % 4 of the batch stands at timestep i, and comes twice in 500 calls.
   x_start = embedding_space.encode(
-    frozen["embedding_space"], task._true_image_embed(frozen, batch)
+    frozen["embedding_space"],
+    task.upstream["clip"].encode_image(frozen["clip"], batch["clip_image"]),
   )
   by_row = np.mean(x_start**2, axis=1)
   np.testing.assert_allclose(table, np.tile(by_row, 250), rtol=1e-4)

@@ -9,13 +9,17 @@ L + 1 positions depend neither on the timestep nor on x_t: `prefill` computes
 their keys and values once per prompt, and `denoise` runs 3 positions per
 diffusion step instead of L + 4.
 
-Layout and parameters are those of Karlo's prior. Deviations: the projections
-that end a residual branch, and the output, start at zero; texts are dropped
-for guidance by learned null states (one row, for every position) and a learned
-null embedding, where Karlo encodes the empty text.
+Layout and parameters are those of Karlo's prior, whose text states are a frozen
+CLIP's, projected. The paper's prior encodes the caption itself: with a
+vocab_size the text states are embeddings of the caption's tokens, and the
+causal transformer is the text encoder. Deviations: the projections that end a
+residual branch, and the output, start at zero; texts are dropped for guidance
+by learned null states (one row, for every position) and a learned null
+embedding, where Karlo encodes the empty text.
 
 Sizes: unCLIP: width 2048, depth 24, 32 heads, context 256 (table 3, "text
-encoder"); Karlo: depth 20, context 77.
+encoder"), with 1,225,927,680 parameters in Karlo's layout; Karlo: depth 20,
+context 77.
 """
 
 from __future__ import annotations
@@ -46,11 +50,12 @@ class Model(nn.Module):
 
   Attributes:
     embed_dim: size of image_embed (x_t, the output) and of text_embed.
-    text_width: size of the incoming text states.
+    text_width: size of the incoming text states; None: text tokens come in.
     context_length: L, the number of text states.
     width: D of the transformer.
     depth: number of blocks.
     num_heads: attention heads.
+    vocab_size: text tokens are 0 to vocab_size - 1; None: text states come in.
     mlp_ratio: hidden width of the MLPs, in widths.
     dropout: rate in the residual branches, when training.
     remat: recompute each block in the backward pass instead of storing it.
@@ -58,19 +63,30 @@ class Model(nn.Module):
   """
 
   embed_dim: int
-  text_width: int
+  text_width: int | None
   context_length: int
   width: int
   depth: int
   num_heads: int
+  vocab_size: int | None = None
   mlp_ratio: float = 4
   dropout: float = 0.0
   remat: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
+    if (self.text_width is None) == (self.vocab_size is None):
+      raise errors.UserError(
+        "this prior needs either text_width, of the text states that it is "
+        "given, or vocab_size, of the tokens that it encodes itself: set one"
+      )
     normal = nn.initializers.normal(0.02)
-    self.text_encodings_proj = linear.Dense(self.width, dtype=self.dtype)
+    if self.vocab_size is None:
+      self.text_encodings_proj = linear.Dense(self.width, dtype=self.dtype)
+    else:
+      self.token_embed = nn.Embed(
+        self.vocab_size, self.width, embedding_init=normal, dtype=self.dtype
+      )
     self.text_embed_proj = linear.Dense(self.width, dtype=self.dtype)
     self.x_proj = linear.Dense(self.width, dtype=self.dtype)
     self.time_embed = embeddings.TimestepEmbedding(
@@ -83,7 +99,7 @@ class Model(nn.Module):
       (self.context_length + _NUM_EXTRA_POSITIONS, self.width),
     )
     self.null_text_encodings = self.param(
-      "null_text_encodings", normal, (self.text_width,)
+      "null_text_encodings", normal, (self.text_width or self.width,)
     )
     self.null_text_embed = self.param(
       "null_text_embed", normal, (self.embed_dim,)
@@ -109,9 +125,10 @@ class Model(nn.Module):
     x_t: jax.Array,
     timesteps: jax.Array,
     text_embed: jax.Array,
-    text_encodings: jax.Array,
-    text_mask: jax.Array,
+    text_encodings: jax.Array | None = None,
+    text_mask: jax.Array | None = None,
     *,
+    text_tokens: jax.Array | None = None,
     text_drop: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -121,8 +138,9 @@ class Model(nn.Module):
       x_t: [B, embed_dim], noised.
       timesteps: [B] int32 of the full schedule, 0 = least noise.
       text_embed: [B, embed_dim], in the scale of x_start.
-      text_encodings: [B, L, text_width].
-      text_mask: [B, L] bool, True = real token.
+      text_encodings: [B, L, text_width], where there is a text_width.
+      text_mask: [B, L] bool, True = real token; None: all are.
+      text_tokens: [B, L] int32, where there is a vocab_size.
       text_drop: [B] bool, True = as if there were no text.
       train: whether dropout is on.
 
@@ -131,7 +149,7 @@ class Model(nn.Module):
       {"encodings": [B, L + 4, D]}.
     """
     prefix, prefix_mask = self._embed_prefix(
-      text_embed, text_encodings, text_mask, text_drop
+      text_embed, text_encodings, text_tokens, text_mask, text_drop
     )
     x = jnp.concatenate([prefix, self._embed_step(x_t, timesteps)], axis=1)
     mask = attention.causal_mask(x.shape[1]) & _extend(prefix_mask)
@@ -142,13 +160,15 @@ class Model(nn.Module):
   def prefill(
     self,
     text_embed: jax.Array,
-    text_encodings: jax.Array,
-    text_mask: jax.Array,
+    text_encodings: jax.Array | None = None,
+    text_mask: jax.Array | None = None,
     text_drop: jax.Array | None = None,
+    *,
+    text_tokens: jax.Array | None = None,
   ) -> Cache:
     """What `denoise` needs of the text; arguments as in `__call__`."""
     x, prefix_mask = self._embed_prefix(
-      text_embed, text_encodings, text_mask, text_drop
+      text_embed, text_encodings, text_tokens, text_mask, text_drop
     )
     mask = attention.causal_mask(x.shape[1]) & prefix_mask[:, None, None, :]
     _, layers = transformer.run(self.block, x, mask)
@@ -170,31 +190,38 @@ class Model(nn.Module):
   def _embed_prefix(
     self,
     text_embed: jax.Array,
-    text_encodings: jax.Array,
-    text_mask: jax.Array,
+    text_encodings: jax.Array | None,
+    text_tokens: jax.Array | None,
+    text_mask: jax.Array | None,
     text_drop: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Tokens [B, L + 1, D] and mask [B, L + 1] of the text."""
-    B, L, _ = text_encodings.shape
+    name = "text_encodings" if self.vocab_size is None else "text_tokens"
+    states = text_encodings if self.vocab_size is None else text_tokens
+    if states is None:
+      raise errors.UserError(f"this prior is conditioned on {name}: pass it")
+    if self.vocab_size is not None:
+      states = self.token_embed(states)
+    B, L, _ = states.shape
     if self.context_length != L:
       raise errors.UserError(
         f"this prior takes {self.context_length} text states, not {L}: set its "
         f"context_length to that of the tokenizer"
       )
-    text_encodings = embeddings.replace_dropped(
-      text_encodings, self.null_text_encodings, text_drop
+    if text_mask is None:
+      text_mask = jnp.ones((B, L), bool)
+    if text_drop is not None:
+      text_mask = text_mask | text_drop[:, None]
+    states = embeddings.replace_dropped(
+      states, self.null_text_encodings, text_drop
     )
+    if self.vocab_size is None:
+      states = self.text_encodings_proj(states)
     text_embed = embeddings.replace_dropped(
       text_embed, self.null_text_embed, text_drop
     )
-    if text_drop is not None:
-      text_mask = text_mask | text_drop[:, None]
     x = jnp.concatenate(
-      [
-        self.text_encodings_proj(text_encodings),
-        self.text_embed_proj(text_embed)[:, None],
-      ],
-      axis=1,
+      [states, self.text_embed_proj(text_embed)[:, None]], axis=1
     )
     x = x + self.position[: L + 1].astype(x.dtype)
     return x, jnp.concatenate([text_mask, jnp.ones((B, 1), bool)], axis=1)

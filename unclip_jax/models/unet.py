@@ -7,7 +7,9 @@ Conditions, each optional (Ramesh et al. 2022, section 2.1):
                   few extra context tokens
   text_encodings  the last valid state projected and added to the timestep
                   embedding; all states projected, normalised, context tokens
-                  (GLIDE, Nichol et al. 2021, section 4)
+  text_tokens     in their place, encoded by the network's own text encoder
+                  (GLIDE, Nichol et al. 2021, section 4): the last state added,
+                  all states context tokens as they are
   low_res         a smaller picture, resized bilinearly, beside x_t's channels
 
 In each attention block the context's keys and values stand before those of the
@@ -15,21 +17,23 @@ picture, in one softmax. None of this depends on the timestep:
 `encode_condition` computes it once, `denoise` uses it at every step.
 
 Deviations from the sources: without attention_resolutions the middle has no
-attention either (as Karlo's upsamplers); dropped texts become one learned row
-at every position. Without attention the network is fully convolutional: it
-runs on any height and width that are multiples of patch_size * 2^(levels - 1).
-With patch_size > 1 the network sees squares of pixels as channels (Hoogeboom et
-al. 2023, "simple diffusion", section 3.4): most of a U-Net's work on small
-machines is at the first level, for which that divides the pixels.
+attention either (as Karlo's upsamplers); dropped text_encodings become one
+learned row at every position, dropped text_tokens an empty caption. Without
+attention the network is fully convolutional: it runs on any height and width
+that are multiples of patch_size * 2^(levels - 1). With patch_size > 1 the
+network sees squares of pixels as channels (Hoogeboom et al. 2023, "simple
+diffusion", section 3.4): most of a U-Net's work on small machines is at the
+first level, for which that divides the pixels.
 
 Sizes (table 3): decoder 64: channels 512, mult 1,2,3,4, 3 ResBlocks, attention
-32,16,8; 64 -> 256: 320, 1,2,3,4, 3; 256 -> 1024: 192, 1,1,2,2,4,4, 2.
+32,16,8, text encoder 2048 x 24, 32 heads, context 256; 64 -> 256: 320, 1,2,3,4,
+3; 256 -> 1024: 192, 1,1,2,2,4,4, 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -37,7 +41,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import attention, embeddings, linear, norms, resnet
+from unclip_jax.layers import (
+  attention,
+  embeddings,
+  linear,
+  norms,
+  resnet,
+  text_encoder,
+)
 from unclip_jax.utils import errors
 
 
@@ -138,8 +149,12 @@ class Model(nn.Module):
     num_image_embed_tokens: context tokens made of image_embed.
     learned_null_image_embed: a dropped image_embed becomes a learned vector;
       False: zero. The paper allows both (section 2.1).
-    text_width: size of the text states; None: not conditioned on text.
-    context_width: size of the context tokens; None: of the timestep embedding.
+    text_width: size of the text states; None: not conditioned on them.
+    text_encoder: fields of layers.text_encoder.TextEncoder (vocab_size,
+      context_length, width, depth, num_heads), which encodes text_tokens in
+      place of text states; None: there is none.
+    context_width: size of the context tokens; None: of the timestep embedding,
+      or, with a text_encoder, of its states.
     patch_size: side of the squares of pixels that become one position.
     dropout: rate in the ResBlocks, when training.
     scale_shift_norm: see ResBlock.
@@ -159,6 +174,7 @@ class Model(nn.Module):
   num_image_embed_tokens: int = 4
   learned_null_image_embed: bool = True
   text_width: int | None = None
+  text_encoder: Mapping[str, Any] | None = None
   context_width: int | None = None
   patch_size: int = 1
   dropout: float = 0.0
@@ -205,6 +221,7 @@ class Model(nn.Module):
     *,
     image_embed: jax.Array | None = None,
     text_encodings: jax.Array | None = None,
+    text_tokens: jax.Array | None = None,
     text_mask: jax.Array | None = None,
     low_res: jax.Array | None = None,
     image_embed_drop: jax.Array | None = None,
@@ -218,6 +235,7 @@ class Model(nn.Module):
       timesteps: [B] int32 of the full schedule, 0 = least noise.
       image_embed: [B, image_embed_dim].
       text_encodings: [B, L, text_width].
+      text_tokens: [B, L] int32.
       text_mask: [B, L] bool, True = real token; None: all are.
       low_res: [B, h, w, C] in [-1, 1].
       image_embed_drop: [B] bool, True = as if there were no image_embed.
@@ -235,6 +253,7 @@ class Model(nn.Module):
     condition = self.encode_condition(
       image_embed=image_embed,
       text_encodings=text_encodings,
+      text_tokens=text_tokens,
       text_mask=text_mask,
       image_embed_drop=image_embed_drop,
       text_drop=text_drop,
@@ -246,6 +265,7 @@ class Model(nn.Module):
     *,
     image_embed: jax.Array | None = None,
     text_encodings: jax.Array | None = None,
+    text_tokens: jax.Array | None = None,
     text_mask: jax.Array | None = None,
     image_embed_drop: jax.Array | None = None,
     text_drop: jax.Array | None = None,
@@ -253,6 +273,7 @@ class Model(nn.Module):
     """What `denoise` needs of the conditions; arguments as in `__call__`."""
     _check_condition("image_embed", image_embed, self.image_embed_dim)
     _check_condition("text_encodings", text_encodings, self.text_width)
+    _check_condition("text_tokens", text_tokens, self.text_encoder)
     embs, tokens, masks = [], [], []
 
     if image_embed is not None:
@@ -282,6 +303,17 @@ class Model(nn.Module):
       if self.attention_resolutions:
         tokens.append(self.text_ln(self.text_tokens_proj(text_encodings)))
         masks.append(text_mask)
+
+    if text_tokens is not None:
+      if text_mask is None:
+        text_mask = jnp.ones(text_tokens.shape, bool)
+      if text_drop is not None:
+        text_mask = text_mask & ~text_drop[:, None]
+      encodings = self.text(text_tokens, text_mask)
+      embs.append(self.text_time_proj(encodings[:, -1]))
+      if self.attention_resolutions:
+        tokens.append(encodings)
+        masks.append(jnp.ones(text_tokens.shape, bool))
 
     if not tokens:
       return Condition(sum(embs) if embs else None, {}, None)
@@ -399,13 +431,20 @@ class Model(nn.Module):
 
   @property
   def _is_conditioned(self) -> bool:
-    return self.image_embed_dim is not None or self.text_width is not None
+    conditions = (self.image_embed_dim, self.text_width, self.text_encoder)
+    return any(condition is not None for condition in conditions)
 
   def _setup_conditions(self) -> None:
-    """Null embeddings and projections of the conditions."""
+    """Null embeddings, projections and the encoder of the conditions."""
     normal = nn.initializers.normal(0.02)
     time_width = 4 * self.channels
     context_width = self.context_width or time_width
+    if self.text_encoder is not None:
+      context_width = self.text_encoder["width"]
+      self.text = text_encoder.TextEncoder(
+        **self.text_encoder, remat=self.remat, dtype=self.dtype
+      )
+      self.text_time_proj = linear.Dense(time_width, dtype=self.dtype)
     if self.image_embed_dim is not None:
       null_shape = (self.image_embed_dim,)
       if self.learned_null_image_embed:
@@ -434,19 +473,28 @@ class Model(nn.Module):
         f"attention_resolutions {sorted(unknown)} are no level of this U-Net: "
         f"at image_size {self.image_size} its levels are {sizes}"
       )
+    if self.text_encoder is not None and (
+      self.text_width is not None or self.context_width is not None
+    ):
+      raise errors.UserError(
+        "a U-Net with a text_encoder of its own takes no text states, and its "
+        "context is as wide as that: leave out text_width and context_width"
+      )
 
 
-def _check_condition(
-  name: str, value: jax.Array | None, width: int | None
-) -> None:
-  """A network that was built for a condition gets it, and no other does."""
-  if (value is None) == (width is None):
+def _check_condition(name: str, value: jax.Array | None, field: Any) -> None:
+  """A network that was built for a condition gets it, and no other does.
+
+  Args:
+    field: of the model, which is None where it was not built for it.
+  """
+  if (value is None) == (field is None):
     return
   if value is None:
     raise errors.UserError(
       f"this U-Net is conditioned on {name}: pass it (dropped, if unknown)"
     )
   raise errors.UserError(
-    f"this U-Net is not conditioned on {name}: do not pass it, or set its "
-    f"width in the model's config"
+    f"this U-Net is not conditioned on {name}: do not pass it, or change the "
+    f"model's config"
   )

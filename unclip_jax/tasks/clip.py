@@ -66,7 +66,14 @@ class Task:
     text_tokens: jax.Array,
     text_mask: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    """`text_embed` [B, D], not normalised, and `text_encodings` [B, L, W]."""
+    """`text_embed` [B, D], not normalised, and `text_encodings` [B, L, W].
+
+    Captions [B, M] that are longer than the model's context keep their first
+    tokens and the end of sequence; L is then the context.
+    """
+    text_tokens, text_mask = _cut(
+      text_tokens, text_mask, self.model.context_length
+    )
     text_embed, out = self.model.apply(
       variables, text_tokens, text_mask, method=self.model.encode_text
     )
@@ -165,6 +172,32 @@ class Task:
       }
 
     return {"loss": base.loss_predict_fn(self), "embed": embed}
+
+
+def _cut(
+  text_tokens: jax.Array, text_mask: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+  """[B, M] -> [B, length] as the tokenizer cuts, where M is more."""
+  if text_tokens.shape[1] <= length:
+    return text_tokens, text_mask
+  end = jnp.sum(text_mask, axis=1, keepdims=True) - 1
+  end_token = jnp.take_along_axis(text_tokens, end, axis=1)
+  tail = jnp.where(end < length, text_tokens[:, length - 1 : length], end_token)
+  text_tokens = jnp.concatenate([text_tokens[:, : length - 1], tail], axis=1)
+  return text_tokens, text_mask[:, :length]
+
+
+def caption(
+  batch: base.Batch, text_encodings: jax.Array, as_tokens: bool
+) -> dict[str, jax.Array]:
+  """A network's text: its tokens, or the CLIP's states of them."""
+  if as_tokens:
+    return {k: batch[k] for k in ("text_tokens", "text_mask")}
+  L = text_encodings.shape[1]
+  return {
+    "text_encodings": text_encodings,
+    "text_mask": batch["text_mask"][:, :L],
+  }
 
 
 def normalize(embed: jax.Array) -> jax.Array:

@@ -2,9 +2,10 @@
 
 A U-Net in the manner of GLIDE draws a small picture from a CLIP image
 embedding, which is added to the timestep embedding and gives extra context
-tokens, and from the caption's text states. The embedding and the caption are
-dropped independently, with 10 % and 50 % in the paper, for classifier-free
-guidance. The variance is learned (hybrid loss, Nichol & Dhariwal 2021).
+tokens, and from the caption: the CLIP's text states or, for a network with a
+text encoder of its own, tokens. The embedding and the caption are dropped
+independently, with 10 % and 50 % in the paper, for classifier-free guidance.
+The variance is learned (hybrid loss, Nichol & Dhariwal 2021).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion import process as process_lib
 from unclip_jax.tasks import base, prior_diffusion
+from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import embedding_space
 
 
@@ -81,8 +83,9 @@ class Task:
       "image_embed": embedding_space.encode(
         frozen["embedding_space"], image_embed
       ),
-      "text_encodings": text_encodings,
-      "text_mask": batch["text_mask"],
+      **clip_task.caption(
+        batch, text_encodings, self.model.text_encoder is not None
+      ),
     }
 
   def loss(

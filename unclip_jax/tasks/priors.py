@@ -18,17 +18,24 @@ from unclip_jax.tasks import clip as clip_task
 
 
 def condition(
-  clip: Any, clip_variables: base.Variables, batch: base.Batch
+  clip: Any,
+  clip_variables: base.Variables,
+  batch: base.Batch,
+  *,
+  as_tokens: bool = False,
 ) -> dict[str, jax.Array]:
-  """z_t scaled to the norm of a standard normal vector, and text states."""
+  """z_t scaled to the norm of a standard normal vector, and the caption.
+
+  Args:
+    as_tokens: the caption's tokens in place of the CLIP's states of them.
+  """
   text_embed, text_encodings = clip.encode_text(
     clip_variables, batch["text_tokens"], batch["text_mask"]
   )
   scale = text_embed.shape[-1] ** 0.5
   return {
     "text_embed": clip_task.normalize(text_embed) * scale,
-    "text_encodings": text_encodings,
-    "text_mask": batch["text_mask"],
+    **clip_task.caption(batch, text_encodings, as_tokens),
   }
 
 
