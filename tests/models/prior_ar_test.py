@@ -10,6 +10,7 @@ import pytest
 
 from tests import random_variables
 from unclip_jax.models import prior_ar
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
 L, K, V, DOTS, WIDTH = 5, 4, 7, 3, 16
@@ -189,6 +190,28 @@ def test_bfloat16_is_close_to_float32(variables):
   assert rounded.dtype == jnp.float32
   error = np.linalg.norm(rounded - exact)
   assert 0 < error < 0.03 * np.linalg.norm(exact)
+
+
+def test_parameters_of_the_paper():
+  config = config_lib.load("configs/paper/prior_ar.py")
+  model = config_lib.instantiate(config.model_name, "Model", config.model)
+  variables = jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0),
+      jnp.zeros((1, 319), jnp.int32),
+      jnp.zeros(1, jnp.int32),
+      jnp.zeros((1, 1024)),
+      jnp.zeros((1, 256, 1024)),
+      jnp.ones((1, 256), bool),
+    )
+  )
+  counts = {"encoder": 0, "decoder": 0}
+  of_encoder = ("encoder_", "text_encodings_proj", "null_text_encodings")
+  for name, leaves in variables["params"].items():
+    part = "encoder" if name.startswith(of_encoder) else "decoder"
+    counts[part] += sum(x.size for x in jax.tree.leaves(leaves))
+  # As in the config's docstring.
+  assert counts == {"encoder": 1_211_227_136, "decoder": 967_305_216}
 
 
 def test_another_context_length_is_an_error():
