@@ -6,11 +6,10 @@
 
 Parameters: 1,211,227,136 in the text encoder and 967,305,216 in the latent
 decoder, of which 163,657,728 give the keys and values of the text in its 24
-layers. The table says 1B, which its own widths and depths exceed. FID on MS-COCO with the
-paper's decoder: 10.63 (table 1).
+layers. The table says 1B, which its own widths and depths exceed. FID on
+MS-COCO with the paper's decoder: 10.63 (table 1).
 
-The paper's 250 M pictures are not public: the emoji stand in for them, so that
-the config runs. Name your own source in `config.data`. What the paper does not
+Emoji stand in for the data: configs/paper/data.py. What the paper does not
 state is marked "ours". `:smoke` trains two steps of a tiny model.
 """
 
@@ -18,14 +17,9 @@ from __future__ import annotations
 
 import ml_collections
 
-from configs.emoji import data, prior_ar
+from configs.emoji import prior_ar
+from configs.paper import clip, data
 from unclip_jax.utils import config as config_lib
-
-# The paper's CLIP (App. C): ViT-H/16 at 256 px, text 1024 wide, joint 1024.
-_CLIP_IMAGE_SIZE = 256
-_CLIP_TEXT_WIDTH = 1024
-_CLIP_EMBED_DIM = 1024
-_CONTEXT_LENGTH = 256
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -49,11 +43,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.num_steps = 1_000_000  # Iterations 1M
   config.batch_size = 4096  # Batch size 4096
   config.optim.warmup_steps = 1000
+  upstream = clip.get_config()
   config.model = dict(
-    embed_dim=_CLIP_EMBED_DIM,
-    text_width=_CLIP_TEXT_WIDTH,
+    embed_dim=upstream.model.embed_dim,
+    text_width=upstream.model.text_width,
     # Text encoder context/width/depth/heads 256/2048/24/32
-    context_length=_CONTEXT_LENGTH,
+    context_length=data.CONTEXT_LENGTH,
     encoder_width=2048,
     encoder_depth=24,
     encoder_num_heads=32,
@@ -69,14 +64,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     remat=True,  # ours: fits a batch of 4096 in less memory
     dtype="bfloat16",  # ours
   )
-  config.data = data.emoji(
-    quick=False,
+  config.data = data.pairs(
     smoke=False,
-    image_size=32,
-    clip_image_size=_CLIP_IMAGE_SIZE,
+    image_size=64,
+    clip_image_size=upstream.model.image_size,
   )
-  config.data.preprocess.context_length = _CONTEXT_LENGTH
-  config.data.source.image_size = _CLIP_IMAGE_SIZE
   config.frozen.clip = dict(path="runs/paper/clip")
   config.prepare_examples = 65_536  # ours: 64 for each dimension of the PCA
   config.checkpoint.every_steps = 5000

@@ -339,6 +339,34 @@ def test_low_res_is_resized_bilinearly_beside_x_t():
   assert not np.allclose(other[0], doubled, atol=1e-2)
 
 
+def test_nothing_that_is_unknown_is_seen():
+  model = UPSAMPLER.clone(inpainting=True)
+  variables = random_variables.like(model.init, X_T, TIMESTEPS)
+  assert variables["params"]["conv_in"]["kernel"].shape[2] == 3 + 3 + 1
+  known = random_variables.normal(2, 8, 8, 3) + 1
+  is_known = np.zeros((2, 8, 8, 1), bool)
+  plain, _ = _apply(variables, X_T, TIMESTEPS, model=model)
+  hidden, _ = _apply(
+    variables, X_T, TIMESTEPS, model=model, known=known, is_known=is_known
+  )
+  np.testing.assert_array_equal(hidden, plain)
+
+  is_known[:, :4] = True
+  by_known = jax.grad(
+    lambda known: (
+      _apply(
+        variables, X_T, TIMESTEPS, model=model, known=known, is_known=is_known
+      )[0]
+      * X_T
+    ).sum()
+  )(known)
+  assert np.all(by_known[:, :4] != 0) and not np.any(by_known[:, 4:])
+  with pytest.raises(errors.UserError, match="not built for inpainting"):
+    _apply(
+      variables, X_T, TIMESTEPS, model=UPSAMPLER, known=known, is_known=is_known
+    )
+
+
 def test_plain_resamplers_and_additive_embedding_run():
   model = dataclasses.replace(
     UPSAMPLER, resblock_updown=False, scale_shift_norm=False

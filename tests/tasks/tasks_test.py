@@ -1,6 +1,7 @@
 """What the tasks promise beyond their networks and the diffusion maths."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tests import random_variables
 from unclip_jax import trainer
 from unclip_jax.tasks import base, prior_diffusion, upsampler
 from unclip_jax.tasks import clip as clip_task
+from unclip_jax.tasks import decoder as decoder_task
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import embedding_space, errors
 
@@ -20,9 +22,9 @@ def run(request):
   return _ready(request.param)
 
 
-def _ready(name):
+def _ready(name, folder="emoji"):
   """(task, variables with random values, frozen, batch) of a smoke config."""
-  run = trainer.setup(config_lib.load(f"configs/emoji/{name}.py:smoke"))
+  run = trainer.setup(config_lib.load(f"configs/{folder}/{name}.py:smoke"))
   batches = run.data.eval_batches("train", 4, 8)
   # Random too: in a fresh CLIP every picture has the same embedding.
   upstream = random_variables.like_tree(run.frozen)
@@ -199,6 +201,84 @@ def test_two_guidance_scales_that_are_equal_are_one(decoder):
   )
   np.testing.assert_allclose(a["image"], b["image"], atol=1e-4)
   assert np.abs(a["image"] - one["image"]).max() > 1e-3
+
+
+def test_masks_are_rectangles_or_their_surroundings_or_nothing():
+  shape, prob = (400, 12, 10, 3), 0.7
+  masks = decoder_task.draw_is_known(jax.random.key(0), shape, prob)
+  assert masks.shape == (400, 12, 10, 1) and masks.dtype == bool
+  masks = np.asarray(masks)[..., 0]
+
+  def is_rectangle(mask):
+    rows, columns = mask.any(1), mask.any(0)
+    return np.array_equal(mask, np.outer(rows, columns)) and all(
+      np.abs(np.diff(np.pad(x.astype(int), 1))).sum() <= 2
+      for x in (rows, columns)
+    )
+
+  assert all(is_rectangle(mask) or is_rectangle(~mask) for mask in masks)
+  # Half of the masks surround a rectangle, and some rectangles are empty.
+  corners = masks[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+  assert 0.25 < corners.all(axis=1).mean() < 0.4
+  assert 0.3 < (~masks.any(axis=(1, 2))).mean() < 0.45
+  nothing = decoder_task.draw_is_known(jax.random.key(1), shape, 0.0)
+  assert not np.any(nothing)
+
+
+@pytest.fixture(scope="module")
+def inpainter():
+  return _ready("decoder_inpainting", "ablations")
+
+
+def test_an_inpainter_sees_what_is_known(inpainter):
+  task, variables, frozen, batch = inpainter
+  known = np.asarray(batch["image"])
+  is_known = np.zeros((*known.shape[:3], 1), bool)
+  is_known[:, :, :8] = True
+
+  @functools.partial(jax.jit, static_argnames="plain")
+  def draw(known, is_known, plain=False):
+    # A plain network has no weights for what it does not see.
+    conv_in = variables["params"]["conv_in"]
+    conv_in = {**conv_in, "kernel": conv_in["kernel"][:, :, :3]}
+    params = {**variables["params"], "conv_in": conv_in}
+    return (
+      dataclasses.replace(task, model=task.model.clone(inpainting=False))
+      if plain
+      else task
+    ).sample(
+      {"params": params} if plain else variables,
+      frozen,
+      batch,
+      jax.random.key(0),
+      known=known,
+      is_known=is_known,
+      guidance_scale=2.0,
+      num_sample_steps=2,
+      sampler="ddim",
+    )["image"]
+
+  image = draw(known, is_known)
+  np.testing.assert_array_equal(image[:, :, :8], known[:, :, :8])
+  assert np.abs(image[:, :, 8:] - known[:, :, 8:]).max() > 0.1
+  # What is masked changes nothing; being shown the rest does.
+  np.testing.assert_array_equal(
+    draw(np.where(is_known, known, 0.5), is_known), image
+  )
+  assert np.abs(draw(known, is_known, plain=True) - image).max() > 1e-2
+
+
+def test_training_shows_an_inpainter_a_part_and_evaluation_nothing(inpainter):
+  task, variables, frozen, batch = inpainter
+
+  def loss(known_prob, train):
+    given = dataclasses.replace(task, known_prob=known_prob)
+    return given.loss(
+      variables, frozen, batch, jax.random.key(0), step=0, train=train
+    ).loss
+
+  assert np.abs(loss(1.0, True) - loss(0.0, True)).max() > 1e-3
+  np.testing.assert_array_equal(loss(1.0, False), loss(0.0, False))
 
 
 def test_upsampler_draws_any_size():

@@ -11,6 +11,8 @@ Conditions, each optional (Ramesh et al. 2022, section 2.1):
                   (GLIDE, Nichol et al. 2021, section 4): the last state added,
                   all states context tokens as they are
   low_res         a smaller picture, resized bilinearly, beside x_t's channels
+  known, is_known the known part of the picture and where it is, beside them too
+                  (GLIDE's network for inpainting)
 
 In each attention block the context's keys and values stand before those of the
 picture, in one softmax. None of this depends on the timestep:
@@ -155,6 +157,7 @@ class Model(nn.Module):
       place of text states; None: there is none.
     context_width: size of the context tokens; None: of the timestep embedding,
       or, with a text_encoder, of its states.
+    inpainting: whether the network sees known and is_known.
     patch_size: side of the squares of pixels that become one position.
     dropout: rate in the ResBlocks, when training.
     scale_shift_norm: see ResBlock.
@@ -176,6 +179,7 @@ class Model(nn.Module):
   text_width: int | None = None
   text_encoder: Mapping[str, Any] | None = None
   context_width: int | None = None
+  inpainting: bool = False
   patch_size: int = 1
   dropout: float = 0.0
   scale_shift_norm: bool = True
@@ -224,6 +228,8 @@ class Model(nn.Module):
     text_tokens: jax.Array | None = None,
     text_mask: jax.Array | None = None,
     low_res: jax.Array | None = None,
+    known: jax.Array | None = None,
+    is_known: jax.Array | None = None,
     image_embed_drop: jax.Array | None = None,
     text_drop: jax.Array | None = None,
     train: bool = False,
@@ -238,6 +244,9 @@ class Model(nn.Module):
       text_tokens: [B, L] int32.
       text_mask: [B, L] bool, True = real token; None: all are.
       low_res: [B, h, w, C] in [-1, 1].
+      known: [B, H, W, C] in [-1, 1], of which the network sees what is known;
+        None: nothing is.
+      is_known: [B, H, W, 1] bool, goes with `known`.
       image_embed_drop: [B] bool, True = as if there were no image_embed.
       text_drop: [B] bool, True = as if there were no text.
       train: whether dropout is on.
@@ -258,7 +267,8 @@ class Model(nn.Module):
       image_embed_drop=image_embed_drop,
       text_drop=text_drop,
     )
-    return self._run(x_t, timesteps, condition, low_res, train)
+    x = self._stack(x_t, low_res, known, is_known)
+    return self._run(x, timesteps, condition, train)
 
   def encode_condition(
     self,
@@ -335,20 +345,47 @@ class Model(nn.Module):
     condition: Condition,
     *,
     low_res: jax.Array | None = None,
+    known: jax.Array | None = None,
+    is_known: jax.Array | None = None,
     train: bool = False,
   ) -> jax.Array:
     """The output of `__call__`, given what `encode_condition` returned."""
-    return self._run(x_t, timesteps, condition, low_res, train)[0]
+    x = self._stack(x_t, low_res, known, is_known)
+    return self._run(x, timesteps, condition, train)[0]
+
+  def _stack(
+    self,
+    x_t: jax.Array,
+    low_res: jax.Array | None,
+    known: jax.Array | None,
+    is_known: jax.Array | None,
+  ) -> jax.Array:
+    """x_t and what the network sees beside it, along the channels."""
+    B, H, W, _ = x_t.shape
+    channels = [x_t]
+    if low_res is not None:
+      size = (B, H, W, low_res.shape[-1])
+      channels.append(jax.image.resize(low_res, size, "bilinear"))
+    if known is not None and not self.inpainting:
+      raise errors.UserError(
+        "this U-Net was not built for inpainting: do not pass known, or set "
+        "inpainting in the model's config"
+      )
+    if self.inpainting:
+      if known is None:
+        known, is_known = jnp.zeros_like(x_t), jnp.zeros((B, H, W, 1), bool)
+      channels += [jnp.where(is_known, known, 0.0), is_known]
+    return jnp.concatenate([x.astype(self.dtype) for x in channels], axis=-1)
 
   def _run(
     self,
-    x_t: jax.Array,
+    x: jax.Array,
     timesteps: jax.Array,
     condition: Condition,
-    low_res: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    B, H, W, _ = x_t.shape
+    """The network proper, on what `_stack` returned."""
+    _, H, W, _ = x.shape
     p = self.patch_size
     multiple = p * 2 ** (len(self.channel_mult) - 1)
     if H % multiple or W % multiple:
@@ -369,11 +406,6 @@ class Model(nn.Module):
     if self.remat:
       call = nn.remat(call)
 
-    x = x_t.astype(self.dtype)
-    if low_res is not None:
-      size = (B, H, W, low_res.shape[-1])
-      low_res = jax.image.resize(low_res, size, "bilinear")
-      x = jnp.concatenate([x, low_res.astype(self.dtype)], axis=-1)
     x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
     x = self.conv_in(x)
     skips = [x]

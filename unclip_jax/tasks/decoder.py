@@ -6,6 +6,10 @@ tokens, and from the caption: the CLIP's text states or, for a network with a
 text encoder of its own, tokens. The embedding and the caption are dropped
 independently, with 10 % and 50 % in the paper, for classifier-free guidance.
 The variance is learned (hybrid loss, Nichol & Dhariwal 2021).
+
+A network for inpainting is shown a random part of the picture in training
+(GLIDE, Nichol et al. 2021, section 3.3), and where nothing is known it is a
+plain decoder.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ class Task:
     embedding_space: kind of standardisation (utils.embedding_space).
     image_embed_drop_prob: share of embeddings replaced by the null embedding.
     text_drop_prob: share of captions replaced by the null caption.
+    known_prob: share of training pictures of which a part is shown to the
+      network, where it is one for inpainting.
     sample_options: defaults of `sample`.
   """
 
@@ -43,6 +49,7 @@ class Task:
   embedding_space: str = "mean_std"
   image_embed_drop_prob: float = 0.1
   text_drop_prob: float = 0.5
+  known_prob: float = 0.5
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
@@ -99,7 +106,9 @@ class Task:
     train: bool,
   ) -> base.LossOutput:
     del step
-    image_rng, text_rng, diffusion_rng, dropout_rng = jax.random.split(rng, 4)
+    image_rng, text_rng, diffusion_rng, dropout_rng, known_rng = (
+      jax.random.split(rng, 5)
+    )
     x_start = batch["image"]
     condition = self._condition(frozen, batch)
     if train:
@@ -110,6 +119,11 @@ class Task:
       condition["text_drop"] = jax.random.bernoulli(
         text_rng, self.text_drop_prob, rows
       )
+      if self.model.inpainting:
+        condition["known"] = x_start
+        condition["is_known"] = draw_is_known(
+          known_rng, x_start.shape, self.known_prob
+        )
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       model_output, _ = self.model.apply(
@@ -140,6 +154,8 @@ class Task:
     use_text: bool = True,
     num_sample_steps: int = 250,
     sampler: str = "ddpm",
+    known: jax.Array | None = None,
+    is_known: jax.Array | None = None,
     **options: Any,
   ) -> dict[str, jax.Array]:
     """Draws `image` [B, S, S, 3] in [-1, 1].
@@ -152,6 +168,9 @@ class Task:
       text_guidance_scale: guides the text by its own scale, and
         `guidance_scale` is the image embedding's (guidance.two_conditions).
       use_image_embed, use_text: False draws as in training when it is dropped.
+      known: [B, S, S, 3] in [-1, 1], kept where is_known; a network for
+        inpainting sees that part too.
+      is_known: [B, S, S, 1] bool.
       **options: of diffusion.process.Process.sample.
     """
     condition = self._condition(frozen, batch)
@@ -162,10 +181,14 @@ class Task:
     elif guidance_scale != 1.0:
       kept += [(False, False)]
     encoded = self._encode(variables, condition, kept)
+    shown = {}
+    if known is not None and self.model.inpainting:
+      shown = {"known": known, "is_known": is_known}
+      shown = {k: jnp.concatenate([v] * len(kept)) for k, v in shown.items()}
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       return self.model.apply(
-        variables, x_t, timesteps, encoded, method=self.model.denoise
+        variables, x_t, timesteps, encoded, **shown, method=self.model.denoise
       )
 
     size = self.model.image_size
@@ -178,6 +201,8 @@ class Task:
       guidance_scale=guidance_scale,
       x_start_mse=frozen.get("x_start_mse"),
       text_guidance_scale=text_guidance_scale,
+      known=known,
+      is_known=is_known,
       **options,
     )
     return {"image": jnp.clip(x_0, -1.0, 1.0)}
@@ -248,3 +273,29 @@ class Task:
       return self.sample(variables, frozen, batch, rng, **self.sample_options)
 
     return {"loss": base.loss_predict_fn(self), "sample": sample}
+
+
+def draw_is_known(
+  rng: jax.Array, shape: Sequence[int], known_prob: float
+) -> jax.Array:
+  """Which pixels of pictures are known: bool [B, H, W, 1].
+
+  Of a share `known_prob` of the pictures a part: with even chances all but a
+  rectangle, or nothing but one. Of the others nothing.
+
+  Args:
+    shape: of the pictures, [B, H, W, C].
+  """
+  some_rng, inside_rng, bounds_rng = jax.random.split(rng, 3)
+  B, H, W, _ = shape
+  some = jax.random.bernoulli(some_rng, known_prob, (B, 1, 1, 1))
+  inside = jax.random.bernoulli(inside_rng, 0.5, (B, 1, 1, 1))
+  bounds = jnp.sort(jax.random.uniform(bounds_rng, (2, 2, B, 1)), axis=1)
+
+  def between(first: jax.Array, last: jax.Array, length: int) -> jax.Array:
+    centres = (jnp.arange(length) + 0.5) / length
+    return (first < centres) & (centres < last)
+
+  rows = between(*bounds[0], H)[:, :, None, None]
+  columns = between(*bounds[1], W)[:, None, :, None]
+  return some & ((rows & columns) == inside)
