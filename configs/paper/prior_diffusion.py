@@ -36,7 +36,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       num_timesteps=1000,  # "Diffusion steps"
       schedule="cosine",  # "Noise schedule"
       prediction="x_start",  # section 2.2, eq. 2
-      variance="fixed_small",
+      # "Sampling variance" analytic; estimated after the training by
+      # `unclip convert --fit_variance prior`.
+      variance="analytic",
     ),
     embedding_space="scaled",  # by 17.2, Appendix C
     text_drop_prob=0.1,  # section 2.2
