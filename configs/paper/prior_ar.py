@@ -6,8 +6,8 @@
 
 Parameters: 1,211,227,136 in the text encoder and 967,305,216 in the latent
 decoder, of which 163,657,728 give the keys and values of the text in its 24
-layers. The table says 1B, which its own widths and depths exceed. FID on MS-COCO with the
-paper's decoder: 10.63 (table 1).
+layers. The table says 1B, which its own widths and depths exceed. FID on
+MS-COCO with the paper's decoder: 10.63 (table 1).
 
 The paper's 250 M pictures are not public: the emoji stand in for them, so that
 the config runs. Name your own source in `config.data`. What the paper does not
