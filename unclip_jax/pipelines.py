@@ -312,7 +312,7 @@ class UnCLIPPipeline:
       raise errors.UserError("there is no prompt: give at least one")
     if output_type not in ("pil", "np"):
       raise errors.UserError(f"output_type '{output_type}' is not pil or np")
-    if prior_steps and not self._takes("prior", "num_sample_steps"):
+    if prior_steps is not None and not self._takes("prior", "num_sample_steps"):
       raise errors.UserError(
         "this model's prior draws one code after another and has no number of "
         "steps: leave prior_steps out"
