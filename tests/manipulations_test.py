@@ -1,5 +1,7 @@
 """Manipulations and editing, on small networks with random weights."""
 
+import dataclasses
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -163,6 +165,24 @@ def test_three_decodings_see_what_their_names_say(pipe):
   z_t = pipe.encode_text(pipe.tokenize(["a ring"]))[0]
   z = outputs["text_embed"].image_embeds[1]
   assert z @ z_t / np.linalg.norm(z) / np.linalg.norm(z_t) == pytest.approx(1)
+
+
+def test_a_decoder_of_text_embeddings_needs_no_prior(pipe):
+  parts = dict(pipe.parts)
+  decoder = parts["decoder"]
+  task = dataclasses.replace(decoder.task, condition_on="text_embed")
+  parts["decoder"] = decoder._replace(task=task)
+  with pytest.raises(errors.UserError, match="leave out the prior"):
+    pipelines.UnCLIPPipeline(parts)
+  del parts["prior"]
+  alone = pipelines.UnCLIPPipeline(parts)
+  output = alone(["a ring", "a red circle"], decoder_steps=2)
+  z_t = pipe.encode_text(pipe.tokenize(["a ring", "a red circle"]))
+  np.testing.assert_array_equal(output.image_embeds, z_t)
+  assert list(output.options) == ["decoder", "upsampler_64"]
+  assert "prior" not in alone.predict_fns()
+  with pytest.raises(errors.UserError, match="lacks its part 'prior'"):
+    pipelines.UnCLIPPipeline({k: pipe.parts[k] for k in ("clip", "decoder")})
 
 
 def test_inpainting_keeps_what_is_known_bit_for_bit(pipe):

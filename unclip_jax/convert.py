@@ -2,7 +2,8 @@
 
   unclip convert --from runs --src runs/emoji --out runs/emoji/model
 
-SRC holds a run folder for each part: clip, prior, decoder, upsampler_SIZE.
+SRC holds a run folder for each part: clip, prior, decoder, upsampler_SIZE; no
+prior where the decoder was trained on text embeddings.
 `--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
 must know.
 """
@@ -31,7 +32,7 @@ def run_folders(src: str) -> dict[str, str]:
   """The parts in the order of the pipeline: name -> run folder.
 
   Raises:
-    UserError: SRC lacks a part.
+    UserError: SRC lacks a part that every model has.
   """
   if not os.path.isdir(src):
     raise errors.UserError(f"there is no folder '{src}'")
@@ -44,14 +45,14 @@ def run_folders(src: str) -> dict[str, str]:
     (name for name in found if name.startswith("upsampler_")),
     key=lambda name: int(name.rpartition("_")[2]),
   )
-  names = ["clip", "prior", "decoder", *upsamplers]
-  missing = [name for name in names if name not in found]
+  missing = [name for name in ("clip", "decoder") if name not in found]
   if missing:
     raise errors.UserError(
       f"'{src}' lacks the run folder '{missing[0]}': train it with --workdir "
       f"{os.path.join(src, missing[0])}"
     )
-  return {name: os.path.join(src, name) for name in names}
+  names = [x for x in ("clip", "prior", "decoder") if x in found]
+  return {name: os.path.join(src, name) for name in [*names, *upsamplers]}
 
 
 def main() -> None:

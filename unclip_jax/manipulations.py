@@ -389,7 +389,8 @@ def three_decodings(
   Returns:
     "caption": the text alone. "text_embed": z_t as if it were an image
     embedding, at the length that image embeddings have, and the text.
-    "prior": the prior's z_i and the text, which is the whole model.
+    "prior": the prior's z_i and the text, which is the whole model, if there
+    is a prior.
   """
   text = pipe.tokenize(prompts)
   z_t = _unit(_text_embed(pipe, prompts)) * _typical_length(pipe)
@@ -402,9 +403,10 @@ def three_decodings(
     batch = {**text, "image_embed": image_embed}
     stage = {**options, "use_image_embed": use}
     outputs[name] = _draw(pipe, batch, stage, {}, seed, batch_size)
-  outputs["prior"] = pipe(
-    prompts, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
-  )
+  if "prior" in pipe.parts:
+    outputs["prior"] = pipe(
+      prompts, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
+    )
   return outputs
 
 
@@ -560,7 +562,7 @@ def _draw(
 ) -> PipelineOutput:
   """Decoder and upsamplers; the prior before them, where no z_i is given."""
   stages: dict[str, dict[str, Any]] = {"decoder": decoder_options}
-  if "image_embed" not in batch:
+  if "image_embed" not in batch and "prior" in pipe.parts:
     stages = {"prior": {}, **stages}
   stages |= {name: {} for name in pipe.upsamplers}
   output = pipe.draw(

@@ -40,7 +40,8 @@ class UnCLIPPipeline:
 
   Attributes:
     parts: `clip`, `prior`, `decoder`, then `upsampler_SIZE` from small to
-      large, each an `inference.Loaded`.
+      large, each an `inference.Loaded`. A decoder that was trained on text
+      embeddings (tasks.decoder) stands without a prior.
   """
 
   def __init__(self, parts: Mapping[str, inference.Loaded]):
@@ -48,11 +49,22 @@ class UnCLIPPipeline:
       parts: as the attribute.
 
     Raises:
-      UserError: a part is missing.
+      UserError: a part is missing, or there is a prior that nothing reads.
     """
-    for name in ("clip", "prior", "decoder"):
+    decoder = parts.get("decoder")
+    reads_text = decoder and decoder.task.condition_on == "text_embed"
+    if reads_text and "prior" in parts:
+      raise errors.UserError(
+        "this decoder was trained on text embeddings: leave out the prior"
+      )
+    for name in (
+      ("clip", "decoder") if reads_text else ("clip", "prior", "decoder")
+    ):
       if name not in parts:
-        raise errors.UserError(f"the pipeline lacks its part '{name}'")
+        raise errors.UserError(
+          f"the pipeline lacks its part '{name}': train it, and put its run "
+          "folder beside those of the others"
+        )
     self.parts = dict(parts)
     tokenizer = os.path.join(parts["clip"].assets_dir or "", "tokenizer.model")
     self.tokenizer = tokenizers.SentencePieceTokenizer(tokenizer)
@@ -153,6 +165,7 @@ class UnCLIPPipeline:
     length = max(
       self.parts[name].config.data.preprocess.context_length
       for name in ("clip", "prior", "decoder")
+      if name in self.parts
     )
     text_tokens, text_mask = self.tokenizer.encode(list(captions), length)
     return {"text_tokens": text_tokens, "text_mask": text_mask}
@@ -314,8 +327,8 @@ class UnCLIPPipeline:
       raise errors.UserError(f"output_type '{output_type}' is not pil or np")
     if prior_steps is not None and not self._takes("prior", "num_sample_steps"):
       raise errors.UserError(
-        "this model's prior draws one code after another and has no number of "
-        "steps: leave prior_steps out"
+        "this model has no diffusion prior, which alone has a number of steps: "
+        "leave prior_steps out"
       )
     options: dict[str, dict[str, Any]] = {
       "prior": dict(
@@ -329,6 +342,7 @@ class UnCLIPPipeline:
         for name in self.upsamplers
       },
     }
+    options = {k: v for k, v in options.items() if k in self.parts}
     for name, stage in options.items():
       if self._takes(name, "sampler"):
         stage["sampler"] = sampler
@@ -360,7 +374,8 @@ class UnCLIPPipeline:
 
     Args:
       batch: `text_tokens`, `text_mask` [N, L] and, where the prior is not
-        among the stages, `image_embed` [N, D].
+        among the stages, `image_embed` [N, D]; where the pipeline has no
+        prior, its default is the CLIP's `text_embed`.
       options: the stages to run, in their order -> options of their `sample`;
         None for the stage's own.
       arrays: stage -> options of its `sample` that are arrays, a row for each
@@ -373,6 +388,8 @@ class UnCLIPPipeline:
       `images` are float32 [N, H, W, 3] in [0, 1].
     """
     arrays = arrays or {}
+    if "prior" not in self.parts and "image_embed" not in batch:
+      batch = {**batch, "image_embed": self.encode_text(batch)}
     N = len(batch["text_tokens"])
     indices = np.arange(N) if indices is None else indices
     options = {name: self.options(name, options[name]) for name in options}
@@ -438,6 +455,8 @@ class UnCLIPPipeline:
 
   def _takes(self, name: str, option: str) -> bool:
     """Whether a stage's `sample` has an option; diffusion passes any on."""
+    if name not in self.parts:
+      return False
     parameters = inspect.signature(self.parts[name].task.sample).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     return option in parameters or inspect.Parameter.VAR_KEYWORD in kinds
@@ -499,9 +518,8 @@ class UnCLIPPipeline:
     prior's draw beside the true embedding. `text_to_image`: pictures drawn
     from the caption alone, with the options that the stages were saved with.
     """
-    clip, prior = self.parts["clip"], self.parts["prior"]
+    clip = self.parts["clip"]
     embed = jax.jit(clip.task.predict_fns()["embed"])
-    sample_prior = jax.jit(prior.task.predict_fns()["sample"])
     key = jax.random.key(seed)
     stages: dict[str, dict[str, Any]] = {name: {} for name in self._stages}
 
@@ -512,13 +530,6 @@ class UnCLIPPipeline:
         "text_mask": batch["text_mask"],
       }
       return jax.device_get(embed(clip.variables, clip.frozen, inputs, key))
-
-    def prior_fn(batch: Arrays) -> Arrays:
-      inputs = {k: batch[k] for k in ("clip_image", "text_tokens", "text_mask")}
-      keys = _keys(key, jnp.asarray(batch["index"]))
-      return jax.device_get(
-        sample_prior(prior.variables, prior.frozen, inputs, keys)
-      )
 
     def text_to_image(batch: Arrays) -> Arrays:
       text = {k: batch[k] for k in ("text_tokens", "text_mask")}
@@ -531,11 +542,22 @@ class UnCLIPPipeline:
       )
       return {"image": output.images * 2 - 1}
 
-    return {
-      "embed": embed_fn,
-      "prior": prior_fn,
-      "text_to_image": text_to_image,
-    }
+    predict_fns = {"embed": embed_fn, "text_to_image": text_to_image}
+    if "prior" in self.parts:
+      predict_fns["prior"] = self._prior_predict_fn(key)
+    return predict_fns
+
+  def _prior_predict_fn(self, key: jax.Array) -> Predict:
+    """The prior's draw for each row, by the row's own key."""
+    prior = self.parts["prior"]
+    sample = jax.jit(prior.task.predict_fns()["sample"])
+
+    def predict(batch: Arrays) -> Arrays:
+      inputs = {k: batch[k] for k in ("clip_image", "text_tokens", "text_mask")}
+      keys = _keys(key, jnp.asarray(batch["index"]))
+      return jax.device_get(sample(prior.variables, prior.frozen, inputs, keys))
+
+    return predict
 
 
 def _counted(

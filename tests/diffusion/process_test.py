@@ -216,3 +216,71 @@ def test_resampling_lets_what_is_drawn_fit_what_is_known():
 
   plain, resampled = mean_of_unknown(1), mean_of_unknown(8)
   assert abs(resampled - 0.9) < 0.08 < 0.15 < abs(plain - 0.9)
+
+
+def _estimating(x_t, timesteps, x_start):
+  return _denoise(x_t, timesteps) + 0.3 * x_start
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_self_conditioned_network_sees_its_last_estimate(sampler):
+  _, trace = samplers.SAMPLERS[sampler](
+    samplers.SelfConditioned(_estimating),
+    PROCESS.noise_schedule,
+    _normal((2, 3)),
+    jax.random.key(0),
+    num_steps=4,
+    prediction="x_start",
+    variance="fixed_small",
+    return_trace=True,
+  )
+  last = jnp.zeros((2, 3))
+  for timestep, x_t, x_start in zip(*trace):
+    expected = _estimating(x_t, jnp.full(2, timestep), last)
+    np.testing.assert_allclose(x_start, expected, rtol=1e-5, atol=1e-6)
+    last = x_start
+  assert np.abs(last).max() > 0.1
+
+
+def test_guided_and_watched_networks_stay_self_conditioned():
+  seen = []
+
+  def both(x_t, timesteps, x_start):  # conditioned rows first
+    condition = jnp.repeat(jnp.array([1.0, 0.0]), 2)[:, None]
+    return _estimating(x_t, timesteps, x_start) + condition
+
+  def alone(x_t, timesteps, x_start):
+    return _estimating(x_t, timesteps, x_start) + 3.0
+
+  options = dict(sampler="ddim", num_sample_steps=3, x_T=_normal((2, 3)))
+  guided = PROCESS.sample(
+    samplers.SelfConditioned(both),
+    (2, 3),
+    None,
+    guidance_scale=3.0,
+    on_step=lambda: seen.append(1),
+    **options,
+  )
+  expected = PROCESS.sample(
+    samplers.SelfConditioned(alone), (2, 3), None, **options
+  )
+  np.testing.assert_allclose(guided, expected, rtol=1e-4, atol=1e-5)
+  jax.effects_barrier()
+  assert len(seen) == 3
+
+
+def test_half_of_the_training_steps_see_an_estimate_without_a_gradient():
+  def loss(w, rng):
+    network = samplers.SelfConditioned(lambda x_t, t, x_start: w + w * x_start)
+    return PROCESS.loss(network, jnp.zeros((4, 3)), rng)["loss"].mean()
+
+  w = jnp.ones((4, 3))
+  rngs = jax.random.split(jax.random.key(0), 40)
+  # From zeros it predicts 1, from its own estimate 2.
+  losses = np.asarray([loss(w, rng) for rng in rngs])
+  assert set(losses.tolist()) == {1.0, 4.0}
+  assert 10 < np.sum(losses == 4.0) < 30
+  rng = rngs[int(np.argmax(losses))]
+  # 2 (w + w e) (1 + e) at e = 1; 12 if e were a function of w.
+  gradient = jax.grad(loss)(w, rng).sum()
+  np.testing.assert_allclose(gradient, 8.0, rtol=1e-5)

@@ -367,6 +367,18 @@ def test_nothing_that_is_unknown_is_seen():
     )
 
 
+def test_an_estimate_of_x_start_is_seen_and_none_is_zeros():
+  model = UPSAMPLER.clone(self_conditioning=True)
+  variables = random_variables.like(model.init, X_T, TIMESTEPS)
+  assert variables["params"]["conv_in"]["kernel"].shape[2] == 3 + 3
+  none, zeros, other = (
+    _apply(variables, X_T, TIMESTEPS, model=model, x_start=x)[0]
+    for x in (None, 0 * X_T, X_T)
+  )
+  np.testing.assert_array_equal(none, zeros)
+  assert np.abs(other - zeros).max() > 1e-2
+
+
 def test_plain_resamplers_and_additive_embedding_run():
   model = dataclasses.replace(
     UPSAMPLER, resblock_updown=False, scale_shift_norm=False

@@ -281,6 +281,24 @@ def test_training_shows_an_inpainter_a_part_and_evaluation_nothing(inpainter):
   np.testing.assert_array_equal(loss(1.0, False), loss(0.0, False))
 
 
+def test_a_decoder_of_text_embeddings_sees_no_picture():
+  task, _, frozen, batch = _ready("no_prior", "ablations")
+  text_embed, _ = task.upstream["clip"].encode_text(
+    frozen["clip"], batch["text_tokens"], batch["text_mask"]
+  )
+  condition = task._condition(frozen, batch)
+  np.testing.assert_array_equal(
+    condition["image_embed"],
+    embedding_space.encode(frozen["embedding_space"], text_embed),
+  )
+  without = {k: v for k, v in batch.items() if k != "clip_image"}
+  assert task._condition(frozen, without).keys() == condition.keys()
+  table = task.prepare(frozen, [without])["embedding_space"]
+  np.testing.assert_allclose(table["mean"], text_embed.mean(0), atol=1e-5)
+  with pytest.raises(errors.UserError, match="condition_on 'text'"):
+    dataclasses.replace(task, condition_on="text")
+
+
 def test_upsampler_draws_any_size():
   task, variables, frozen, _ = _ready("upsampler")
   for h, w in ((16, 16), (8, 12)):

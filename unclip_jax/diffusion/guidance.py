@@ -44,16 +44,16 @@ def classifier_free(
     a scale multiplies the rounding errors of lower precisions.
   """
 
-  def guided(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
-    model_output = denoise_fn(
-      jnp.concatenate([x_t, x_t]), jnp.concatenate([timesteps, timesteps])
-    )
+  def guided(
+    x_t: jax.Array, timesteps: jax.Array, *estimate: jax.Array
+  ) -> jax.Array:
+    model_output = denoise_fn(*_repeat(2, x_t, timesteps, *estimate))
     (cond, uncond), variance_output = _split(model_output, 2, learned_variance)
     scale = _scale_at(guidance_scale, timesteps, interval, x_t.ndim)
     output = uncond + scale * (cond - uncond)
     return _join(_rescale(output, cond, rescale), variance_output)
 
-  return guided
+  return samplers.as_conditioned(denoise_fn, guided)
 
 
 def two_conditions(
@@ -80,10 +80,10 @@ def two_conditions(
       conditional" is the one with both.
   """
 
-  def guided(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
-    model_output = denoise_fn(
-      jnp.concatenate([x_t] * 3), jnp.concatenate([timesteps] * 3)
-    )
+  def guided(
+    x_t: jax.Array, timesteps: jax.Array, *estimate: jax.Array
+  ) -> jax.Array:
+    model_output = denoise_fn(*_repeat(3, x_t, timesteps, *estimate))
     (both, first, none), variance_output = _split(
       model_output, 3, learned_variance
     )
@@ -92,7 +92,11 @@ def two_conditions(
     output = none + first_at * (first - none) + second_at * (both - first)
     return _join(_rescale(output, both, rescale), variance_output)
 
-  return guided
+  return samplers.as_conditioned(denoise_fn, guided)
+
+
+def _repeat(count: int, *arrays: jax.Array) -> list[jax.Array]:
+  return [jnp.concatenate([x] * count) for x in arrays]
 
 
 def _split(

@@ -3,7 +3,8 @@
 `Process` bundles the choices that belong together (schedule, prediction,
 variance, clipping), so that a picture `[B, H, W, C]` and an embedding `[B, D]`
 are trained and sampled by the same few lines. The network enters only as
-`denoise_fn(x_t, timesteps) -> model_output`.
+`denoise_fn(x_t, timesteps) -> model_output`; one that is to be self-conditioned
+as `samplers.SelfConditioned`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import numpy as np
 
 from unclip_jax.diffusion import gaussian, guidance, samplers, schedules
 
-DenoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
 OnStep = Callable[[int], None]
 
 
@@ -58,12 +58,16 @@ class Process:
 
   def loss(
     self,
-    denoise_fn: DenoiseFn,
+    denoise_fn: samplers.DenoiseFn,
     x_start: jax.Array,
     rng: jax.Array,
     timesteps: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
     """Training loss at one timestep per example.
+
+    Self-conditioned, a batch sees with even chances zeros, or what the network
+    predicts from zeros, through which no gradient goes (Chen et al. 2022,
+    algorithm 1).
 
     Args:
       timesteps: [B] int32; None: drawn uniformly.
@@ -71,16 +75,19 @@ class Process:
     Returns:
       `loss` [B] and its parts (gaussian.training_losses).
     """
-    timestep_rng, noise_rng = jax.random.split(rng)
+    timestep_rng, noise_rng, estimate_rng = jax.random.split(rng, 3)
     if timesteps is None:
       timesteps = jax.random.randint(
         timestep_rng, x_start.shape[:1], 0, self.num_timesteps
       )
     noise = jax.random.normal(noise_rng, x_start.shape, x_start.dtype)
     x_t = gaussian.q_sample(self.noise_schedule, x_start, timesteps, noise)
+    estimate: tuple[jax.Array, ...] = ()
+    if isinstance(denoise_fn, samplers.SelfConditioned):
+      estimate = (self._estimate(denoise_fn, x_t, timesteps, estimate_rng),)
     return gaussian.training_losses(
       self.noise_schedule,
-      denoise_fn(x_t, timesteps),
+      denoise_fn(x_t, timesteps, *estimate),
       x_start,
       x_t,
       timesteps,
@@ -103,9 +110,35 @@ class Process:
       return "fixed_small"
     return gaussian.AnalyticVariance(x_start_mse)
 
+  def _estimate(
+    self,
+    denoise_fn: samplers.SelfConditioned,
+    x_t: jax.Array,
+    timesteps: jax.Array,
+    rng: jax.Array,
+  ) -> jax.Array:
+    """What a self-conditioned network is given of x_start in training."""
+
+    def predict(x_t: jax.Array) -> jax.Array:
+      model_output = denoise_fn(x_t, timesteps, jnp.zeros_like(x_t))
+      return gaussian.p_mean_variance(
+        self.noise_schedule,
+        model_output,
+        x_t,
+        timesteps,
+        prediction=self.prediction,
+        variance=self._variance(None),
+        clip_x_start=self.clip_x_start,
+      ).x_start
+
+    coin = jax.random.bernoulli(rng)
+    return jax.lax.stop_gradient(
+      jax.lax.cond(coin, predict, jnp.zeros_like, x_t)
+    )
+
   def sample(
     self,
-    denoise_fn: DenoiseFn,
+    denoise_fn: samplers.DenoiseFn,
     shape: Sequence[int],
     rng: jax.Array | None,
     *,
@@ -240,7 +273,7 @@ class Process:
 
   def invert(
     self,
-    denoise_fn: DenoiseFn,
+    denoise_fn: samplers.DenoiseFn,
     x_start: jax.Array,
     *,
     num_sample_steps: int = 50,
@@ -286,12 +319,12 @@ def _keep_known(
 
 
 def _with_callback(
-  denoise_fn: DenoiseFn, on_step: Callable[[], None]
-) -> DenoiseFn:
-  def denoise(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
-    model_output = denoise_fn(x_t, timesteps)
+  denoise_fn: samplers.DenoiseFn, on_step: Callable[[], None]
+) -> samplers.DenoiseFn:
+  def denoise(*args: jax.Array) -> jax.Array:
+    model_output = denoise_fn(*args)
     # The dependence on the output keeps the call behind the step's work.
     jax.debug.callback(lambda _: on_step(), jnp.ravel(model_output)[0])
     return model_output
 
-  return denoise
+  return samplers.as_conditioned(denoise_fn, denoise)

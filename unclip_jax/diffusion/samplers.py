@@ -11,10 +11,15 @@ draws with fold_in(rng, i). `noise` replaces the draws.
 
 In the formulas, a = alphas_cumprod[t] and a' = alphas_cumprod[t - 1] of the
 respaced schedule, a' = 1 at the last step.
+
+A network may also be given the x_start that the step before predicted, zeros at
+the first: self-conditioning (Chen et al. 2022, arXiv 2208.04202). Wrapped in
+`SelfConditioned` it goes wherever a `denoise_fn` does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +29,26 @@ import numpy as np
 
 from unclip_jax.diffusion import gaussian, schedules
 
-DenoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
+DenoiseFn = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfConditioned:
+  """A network `fn(x_t, timesteps, x_start) -> model_output`."""
+
+  fn: DenoiseFn
+
+  def __call__(
+    self, x_t: jax.Array, timesteps: jax.Array, x_start: jax.Array
+  ) -> jax.Array:
+    return self.fn(x_t, timesteps, x_start)
+
+
+def as_conditioned(denoise_fn: DenoiseFn, fn: DenoiseFn) -> DenoiseFn:
+  """`fn`, made of `denoise_fn`, as self-conditioned as that is."""
+  if isinstance(denoise_fn, SelfConditioned):
+    return SelfConditioned(fn)
+  return fn
 
 
 class Trace(NamedTuple):
@@ -111,18 +135,19 @@ def _scan_steps(
   timestep_map = jnp.asarray(schedule.timestep_map)
 
   def body(
-    carried: tuple[jax.Array, _Memory], scanned: tuple
-  ) -> tuple[tuple[jax.Array, _Memory], Trace | None]:
-    x_t, memory = carried
+    carried: tuple[jax.Array, tuple, _Memory], scanned: tuple
+  ) -> tuple[tuple[jax.Array, tuple, _Memory], Trace | None]:
+    x_t, estimate, memory = carried
     i, index, step_noise, step_coefs = scanned
     timesteps = jnp.full(x_t.shape[:1], index)
     if noise is None and rng is not None:
       step_noise = draw_noise(_fold_in(rng, i), x_t.shape)
-    model_output = denoise_fn(x_t, timestep_map[timesteps])
+    model_output = denoise_fn(x_t, timestep_map[timesteps], *estimate)
     step = _Step(x_t, timesteps, step_noise, step_coefs)
     x_next, x_start, memory = update_fn(model_output, step, memory)
     trace = Trace(timestep_map[index], x_t, x_start) if return_trace else None
-    return (x_next, memory), trace
+    estimate = (x_start,) if estimate else ()
+    return (x_next, estimate, memory), trace
 
   scanned = (
     jnp.arange(len(indices)),
@@ -130,7 +155,10 @@ def _scan_steps(
     noise,
     {name: jnp.asarray(c, jnp.float32) for name, c in coefs.items()},
   )
-  (x, _), trace = jax.lax.scan(body, (x.astype(jnp.float32), memory), scanned)
+  x = x.astype(jnp.float32)
+  is_self_conditioned = isinstance(denoise_fn, SelfConditioned)
+  carried = (x, (jnp.zeros_like(x),) if is_self_conditioned else (), memory)
+  (x, _, _), trace = jax.lax.scan(body, carried, scanned)
   return (x, trace) if return_trace else x
 
 

@@ -48,6 +48,8 @@ def report(
   }
   results = {}
   for name, (evaluator, pred, count, batch_size) in runs.items():
+    if pred not in predict_fns:  # there may be no prior
+      continue
     batches = data.eval_batches(split, batch_size, count)
     results[name] = dict(evaluator.run(predict_fns[pred], batches, None))
   return results

@@ -13,6 +13,8 @@ Conditions, each optional (Ramesh et al. 2022, section 2.1):
   low_res         a smaller picture, resized bilinearly, beside x_t's channels
   known, is_known the known part of the picture and where it is, beside them too
                   (GLIDE's network for inpainting)
+  x_start         as the network itself predicted it last, beside them too
+                  (self-conditioning, Chen et al. 2022, arXiv 2208.04202)
 
 In each attention block the context's keys and values stand before those of the
 picture, in one softmax. None of this depends on the timestep:
@@ -158,6 +160,7 @@ class Model(nn.Module):
     context_width: size of the context tokens; None: of the timestep embedding,
       or, with a text_encoder, of its states.
     inpainting: whether the network sees known and is_known.
+    self_conditioning: whether the network sees its estimate of x_start.
     patch_size: side of the squares of pixels that become one position.
     dropout: rate in the ResBlocks, when training.
     scale_shift_norm: see ResBlock.
@@ -180,6 +183,7 @@ class Model(nn.Module):
   text_encoder: Mapping[str, Any] | None = None
   context_width: int | None = None
   inpainting: bool = False
+  self_conditioning: bool = False
   patch_size: int = 1
   dropout: float = 0.0
   scale_shift_norm: bool = True
@@ -230,6 +234,7 @@ class Model(nn.Module):
     low_res: jax.Array | None = None,
     known: jax.Array | None = None,
     is_known: jax.Array | None = None,
+    x_start: jax.Array | None = None,
     image_embed_drop: jax.Array | None = None,
     text_drop: jax.Array | None = None,
     train: bool = False,
@@ -247,6 +252,7 @@ class Model(nn.Module):
       known: [B, H, W, C] in [-1, 1], of which the network sees what is known;
         None: nothing is.
       is_known: [B, H, W, 1] bool, goes with `known`.
+      x_start: [B, H, W, C], the estimate; None: zeros.
       image_embed_drop: [B] bool, True = as if there were no image_embed.
       text_drop: [B] bool, True = as if there were no text.
       train: whether dropout is on.
@@ -267,7 +273,7 @@ class Model(nn.Module):
       image_embed_drop=image_embed_drop,
       text_drop=text_drop,
     )
-    x = self._stack(x_t, low_res, known, is_known)
+    x = self._stack(x_t, low_res, known, is_known, x_start)
     return self._run(x, timesteps, condition, train)
 
   def encode_condition(
@@ -347,10 +353,11 @@ class Model(nn.Module):
     low_res: jax.Array | None = None,
     known: jax.Array | None = None,
     is_known: jax.Array | None = None,
+    x_start: jax.Array | None = None,
     train: bool = False,
   ) -> jax.Array:
     """The output of `__call__`, given what `encode_condition` returned."""
-    x = self._stack(x_t, low_res, known, is_known)
+    x = self._stack(x_t, low_res, known, is_known, x_start)
     return self._run(x, timesteps, condition, train)[0]
 
   def _stack(
@@ -359,6 +366,7 @@ class Model(nn.Module):
     low_res: jax.Array | None,
     known: jax.Array | None,
     is_known: jax.Array | None,
+    x_start: jax.Array | None,
   ) -> jax.Array:
     """x_t and what the network sees beside it, along the channels."""
     B, H, W, _ = x_t.shape
@@ -375,6 +383,8 @@ class Model(nn.Module):
       if known is None:
         known, is_known = jnp.zeros_like(x_t), jnp.zeros((B, H, W, 1), bool)
       channels += [jnp.where(is_known, known, 0.0), is_known]
+    if self.self_conditioning:
+      channels.append(jnp.zeros_like(x_t) if x_start is None else x_start)
     return jnp.concatenate([x.astype(self.dtype) for x in channels], axis=-1)
 
   def _run(

@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion import process as process_lib
+from unclip_jax.diffusion import samplers
 from unclip_jax.tasks import base, prior_diffusion
 from unclip_jax.tasks import clip as clip_task
-from unclip_jax.utils import embedding_space
+from unclip_jax.utils import embedding_space, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Task:
 
   Attributes:
     process: fields of diffusion.process.Process.
+    condition_on: "image_embed", or "text_embed": the CLIP's embedding of the
+      caption takes its place in training, and no prior is needed (section
+      5.1); wherever an `image_embed` is spoken of, it is that.
     embedding_space: kind of standardisation (utils.embedding_space).
     image_embed_drop_prob: share of embeddings replaced by the null embedding.
     text_drop_prob: share of captions replaced by the null caption.
@@ -46,6 +50,7 @@ class Task:
   model: nn.Module
   upstream: Mapping[str, Any]
   process: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  condition_on: str = "image_embed"
   embedding_space: str = "mean_std"
   image_embed_drop_prob: float = 0.1
   text_drop_prob: float = 0.5
@@ -53,6 +58,13 @@ class Task:
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
+
+  def __post_init__(self) -> None:
+    if self.condition_on not in ("image_embed", "text_embed"):
+      raise errors.UserError(
+        f"config.task.condition_on '{self.condition_on}' is not image_embed or"
+        " text_embed"
+      )
 
   @functools.cached_property
   def diffusion(self) -> process_lib.Process:
@@ -70,22 +82,36 @@ class Task:
   def prepare(
     self, frozen: base.Frozen, batches: Iterable[base.Batch]
   ) -> dict[str, base.PyTree]:
-    return prior_diffusion.fit_embedding_space(
-      self.embedding_space, self.upstream["clip"], frozen["clip"], batches
-    )
+    clip = self.upstream["clip"]
+    if self.condition_on == "image_embed":
+      return prior_diffusion.fit_embedding_space(
+        self.embedding_space, clip, frozen["clip"], batches
+      )
+    encode = jax.jit(clip.encode_text)
+    embeds = [
+      encode(frozen["clip"], batch["text_tokens"], batch["text_mask"])[0]
+      for batch in batches
+    ]
+    return {
+      "embedding_space": embedding_space.fit(
+        self.embedding_space, jnp.concatenate(embeds)
+      )
+    }
 
   def _condition(
     self, frozen: base.Frozen, batch: base.Batch
   ) -> dict[str, jax.Array]:
     """The network's conditioning; `image_embed` is taken from the batch if
-    it is there, else from the CLIP and `clip_image`."""
+    it is there, else from the CLIP."""
     clip = self.upstream["clip"]
-    image_embed = batch.get("image_embed")
-    if image_embed is None:
-      image_embed = clip.encode_image(frozen["clip"], batch["clip_image"])
-    _, text_encodings = clip.encode_text(
+    text_embed, text_encodings = clip.encode_text(
       frozen["clip"], batch["text_tokens"], batch["text_mask"]
     )
+    image_embed = batch.get("image_embed")
+    if image_embed is None and self.condition_on == "text_embed":
+      image_embed = text_embed
+    elif image_embed is None:
+      image_embed = clip.encode_image(frozen["clip"], batch["clip_image"])
     return {
       "image_embed": embedding_space.encode(
         frozen["embedding_space"], image_embed
@@ -125,11 +151,14 @@ class Task:
           known_rng, x_start.shape, self.known_prob
         )
 
-    def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
+    def denoise(
+      x_t: jax.Array, timesteps: jax.Array, x_start: jax.Array | None = None
+    ) -> jax.Array:
       model_output, _ = self.model.apply(
         variables,
         x_t,
         timesteps,
+        x_start=x_start,
         **condition,
         train=train,
         rngs={"dropout": dropout_rng},
@@ -137,7 +166,10 @@ class Task:
       return model_output
 
     losses = self.diffusion.loss(
-      denoise_fn, x_start, diffusion_rng, batch.get("timesteps")
+      self._as_denoise_fn(denoise),
+      x_start,
+      diffusion_rng,
+      batch.get("timesteps"),
     )
     return base.LossOutput(losses.pop("loss"), losses, {})
 
@@ -186,14 +218,9 @@ class Task:
       shown = {"known": known, "is_known": is_known}
       shown = {k: jnp.concatenate([v] * len(kept)) for k, v in shown.items()}
 
-    def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
-      return self.model.apply(
-        variables, x_t, timesteps, encoded, **shown, method=self.model.denoise
-      )
-
     size = self.model.image_size
     x_0 = self.diffusion.sample(
-      denoise_fn,
+      self._denoise_fn(variables, encoded, **shown),
       (B, size, size, 3),
       rng,
       sampler=sampler,
@@ -226,13 +253,36 @@ class Task:
     condition = self._condition(frozen, batch)
     encoded = self._encode(variables, condition, [(True, use_text)])
     return self.diffusion.invert(
-      lambda x_t, timesteps: self.model.apply(
-        variables, x_t, timesteps, encoded, method=self.model.denoise
-      ),
+      self._denoise_fn(variables, encoded),
       batch["image"],
       num_sample_steps=num_sample_steps,
       **options,
     )
+
+  def _denoise_fn(
+    self, variables: base.Variables, encoded: base.PyTree, **shown: jax.Array
+  ) -> samplers.DenoiseFn:
+    """The network, given what `_encode` returned."""
+
+    def denoise(
+      x_t: jax.Array, timesteps: jax.Array, x_start: jax.Array | None = None
+    ) -> jax.Array:
+      return self.model.apply(
+        variables,
+        x_t,
+        timesteps,
+        encoded,
+        x_start=x_start,
+        **shown,
+        method=self.model.denoise,
+      )
+
+    return self._as_denoise_fn(denoise)
+
+  def _as_denoise_fn(self, denoise: samplers.DenoiseFn) -> samplers.DenoiseFn:
+    if self.model.self_conditioning:
+      return samplers.SelfConditioned(denoise)
+    return denoise
 
   def _encode(
     self,
