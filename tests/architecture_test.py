@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
   "train_state": {"utils"},
   "evaluators": {"metrics", "data", "utils"},
   "upstream": {"checkpoints", "data", "tasks.base", "utils"},
-  "gradients": {"optim", "tasks.base"},
+  "gradients": {"optim", "partitioning", "tasks.base"},
 }
 # The config gives the trainer the module paths of the models and tasks.
 ALLOWED["trainer"] = set(ALLOWED) - {"models", "tasks"} | {"tasks.base"}

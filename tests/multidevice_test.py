@@ -53,6 +53,7 @@ PROGRAM = textwrap.dedent(
       ema_decay=0.9,
       num_microbatches=config.num_microbatches,
       sam=run.sam,
+      mesh=run.mesh,
     ),
     out_shardings=(shardings, partitioning.replicated(run.mesh)),
   )
@@ -80,17 +81,17 @@ MESHES = {
 }
 
 
-# Two microbatches, of eight replicas for SAM: each device has its own.
-PARTS = dict(batch_size=32, num_microbatches=2)
-SAM = dict(sam_rho=0.1, sam_replica_batch=2)
+CACHED = dict(batch_size=16, num_microbatches=2)
+# Two replicas a device.
+SAM = dict(batch_size=32, optim=dict(sam_rho=0.1, sam_replica_batch=2))
 
 
 @pytest.mark.parametrize(
   "name, parts, mesh_names",
   [
     ("clip", {}, ("data", "hybrid")),
-    ("clip", PARTS, ("data",)),
-    ("clip", PARTS | {"optim": SAM}, ("data",)),
+    ("clip", CACHED, ("data",)),
+    ("clip", SAM, ("data",)),
     ("prior", {}, ("data",)),
     ("decoder", {}, ("data", "hybrid")),
     ("upsampler", {}, ("data",)),

@@ -28,10 +28,13 @@ and e_r is a constant for the derivative. In the coupled loss the parameters
 that the loss itself uses belong to no replica, and are not perturbed. What is
 random is drawn alike wherever the same rows are seen again.
 
-Replicas of one microbatch run at once (`jax.vmap`), and each holds a perturbed
-copy of the parameters and a gradient, where its rows are: on a mesh every
-device holds those of its own replicas. More microbatches hold fewer at once;
-they change neither the replicas nor the result.
+With SAM a replica is a microbatch of its own: a device goes through its
+replicas one after another, with one perturbed copy of the parameters and one
+gradient beside the sum of gradients. On a mesh `jax.shard_map` sees to it that
+every device has its own replicas: the compiler would gather the rows, since it
+cannot split convolutions whose kernels differ by row. For a coupled loss a
+replica is encoded five times and differentiated three times, since its
+perturbation is made anew where it is needed.
 """
 
 from __future__ import annotations
@@ -42,8 +45,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from unclip_jax import optim
+from unclip_jax import optim, partitioning
 from unclip_jax.tasks import base as tasks_base
 
 PyTree = Any
@@ -77,6 +82,7 @@ def make_gradients(
   *,
   num_microbatches: int = 1,
   sam: optim.Sam | None = None,
+  mesh: Mesh | None = None,
 ) -> GradientFn:
   """The pure function from parameters and a batch to `Gradients`.
 
@@ -86,8 +92,11 @@ def make_gradients(
 
   Args:
     task: a `CoupledTask` if it says `batch_coupled`.
-    num_microbatches: parts of the batch that are seen one after another.
+    num_microbatches: parts of the batch that are seen one after another; of no
+      effect with SAM.
     sam: None = off.
+    mesh: gives SAM's replicas to its devices, if it divides them; else each
+      replica lies where its rows are.
   """
 
   def gradients(
@@ -99,16 +108,18 @@ def make_gradients(
     step: jax.Array,
   ) -> Gradients:
     def loss(
-      params: PyTree, model_state: PyTree, batch: PyTree, rng: jax.Array
+      params: PyTree, fixed: PyTree, batch: PyTree, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+      model_state, frozen, step = fixed
       variables = {"params": params, **model_state}
       return _mean(
         task.loss(variables, frozen, batch, rng, step=step, train=True)
       )
 
-    def encode(params: PyTree, batch: PyTree, rng: jax.Array) -> PyTree:
+    def encode(params: PyTree, fixed: PyTree, part: PyTree) -> PyTree:
+      model_state, frozen, _ = fixed
       variables = {"params": params, **model_state}
-      return task.encode(variables, frozen, batch, rng, train=True)
+      return task.encode(variables, frozen, *part, train=True)
 
     def coupled_loss(
       params: PyTree, outputs: PyTree
@@ -116,28 +127,30 @@ def make_gradients(
       variables = {"params": params, **model_state}
       return _mean(task.coupled_loss(variables, outputs))
 
+    fixed = (model_state, frozen, step)
     if sam is not None:
       replicas = _replicas(batch, rng, sam.replica_batch)
-      parts = _split(replicas, num_microbatches)
+      devices = _divided_by(mesh, replicas[1].shape[0])
       if task.batch_coupled:
-        return _cached_sam(encode, coupled_loss, sam, params, parts)
-      return _accumulate(
-        functools.partial(_sam, loss, sam, params), model_state, parts
-      )
+        return _cached_sam(
+          encode, coupled_loss, sam, params, fixed, replicas, devices
+        )
+      return _sam(loss, sam, params, fixed, replicas, devices)
     if num_microbatches == 1:
-      return _at_once(loss, params, model_state, batch, rng)
+      return _at_once(loss, params, fixed, batch, rng)
     rngs = jax.random.split(rng, num_microbatches)
     parts = (_split(batch, num_microbatches), rngs)
     if task.batch_coupled:
       return _cached(
-        lambda params, part: encode(params, *part),
+        encode,
         lambda params, outputs: coupled_loss(params, _join(outputs)),
         params,
+        fixed,
         parts,
       )
     return _accumulate(
       lambda model_state, batch, rng: _at_once(
-        loss, params, model_state, batch, rng
+        loss, params, (model_state, frozen, step), batch, rng
       ),
       model_state,
       parts,
@@ -157,11 +170,11 @@ def _mean(
 def _at_once(
   loss: Callable[..., tuple[jax.Array, tuple[PyTree, Metrics]]],
   params: PyTree,
-  model_state: PyTree,
+  fixed: PyTree,
   batch: PyTree,
   rng: jax.Array,
 ) -> Gradients:
-  grads, aux = jax.grad(loss, has_aux=True)(params, model_state, batch, rng)
+  grads, aux = jax.grad(loss, has_aux=True)(params, fixed, batch, rng)
   return Gradients(grads, *aux)
 
 
@@ -194,94 +207,99 @@ def _accumulate(
 
 
 def _cached(
-  encode: Callable[[PyTree, PyTree], PyTree],
+  encode: Callable[[PyTree, PyTree, PyTree], PyTree],
   loss: Callable[[PyTree, PyTree], tuple[jax.Array, tuple[PyTree, Metrics]]],
   params: PyTree,
+  fixed: PyTree,
   parts: PyTree,
+  mesh: Mesh | None = None,
 ) -> Gradients:
-  """Gradient of `loss(params, stacked encode(params, part))` (GradCache).
+  """Gradient of `loss(params, stacked encode(params, fixed, part))`.
+
+  GradCache; the numbers are those of the module's docstring.
 
   Args:
     encode: outputs of one part; must draw alike each time.
     loss: of the outputs of all parts, stacked on a leading axis [n].
+    fixed: arrays that `encode` needs and that have no gradient.
     parts: leading axis [n].
+    mesh: as in `_stacked`.
   """
-  # 1. Outputs of every part.
-  outputs = jax.lax.map(functools.partial(encode, params), parts)
-  # 2. The loss, by its own parameters and by the outputs.
+  # 1.
+  outputs = _stacked(encode, params, fixed, parts, mesh)
+  # 2.
   (grads, cotangents), aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(
     params, outputs
   )
 
-  # 3. Through the outputs, on top of 2.
-  def body(grads: PyTree, part: PyTree) -> tuple[PyTree, None]:
+  # 3.
+  def through(params: PyTree, fixed: PyTree, part: PyTree) -> PyTree:
     part, cotangents = part
-    _, vjp = jax.vjp(lambda params: encode(params, part), params)
-    return _add(grads, *vjp(cotangents)), None
+    _, vjp = jax.vjp(lambda params: encode(params, fixed, part), params)
+    return vjp(cotangents)[0]
 
-  grads, _ = jax.lax.scan(body, grads, (parts, cotangents))
-  return Gradients(grads, *aux)
+  sums = _summed(through, params, fixed, (parts, cotangents), mesh)
+  return Gradients(_add(grads, sums), *aux)
 
 
 def _sam(
   loss: Callable[..., tuple[jax.Array, tuple[PyTree, Metrics]]],
   sam: optim.Sam,
   params: PyTree,
-  model_state: PyTree,
-  replicas: PyTree,
-  rngs: jax.Array,
+  fixed: PyTree,
+  replicas: tuple[PyTree, jax.Array],
+  mesh: Mesh | None,
 ) -> Gradients:
   """Mean over replicas [R, rows, ...] of the gradients at w + e_r."""
 
-  def of_replica(batch: PyTree, rng: jax.Array) -> Gradients:
-    plain = _at_once(loss, params, model_state, batch, rng)
+  def of_replica(params: PyTree, fixed: PyTree, replica: PyTree) -> Gradients:
+    plain = _at_once(loss, params, fixed, *replica)
     perturbed = _add(params, sam.perturbation(plain.grads))
-    sharp = _at_once(loss, perturbed, model_state, batch, rng)
+    sharp = _at_once(loss, perturbed, fixed, *replica)
     return _with_perturbed_loss(plain, sharp)
 
-  return jax.tree.map(
-    lambda x: jnp.mean(x, axis=0), jax.vmap(of_replica)(replicas, rngs)
-  )
+  R = replicas[1].shape[0]
+  sums = _summed(of_replica, params, fixed, replicas, mesh)
+  return jax.tree.map(lambda x: x / R, sums)
 
 
 def _cached_sam(
-  encode: Callable[[PyTree, PyTree, jax.Array], PyTree],
+  encode: Callable[[PyTree, PyTree, PyTree], PyTree],
   loss: Callable[[PyTree, PyTree], tuple[jax.Array, tuple[PyTree, Metrics]]],
   sam: optim.Sam,
   params: PyTree,
-  parts: tuple[PyTree, jax.Array],
+  fixed: PyTree,
+  replicas: tuple[PyTree, jax.Array],
+  mesh: Mesh | None,
 ) -> Gradients:
-  """The same for a coupled loss; `parts` are [n, R / n, rows, ...].
+  """The same for a coupled loss: cached gradients, replica by replica."""
 
-  A perturbation is made again where it is needed, not kept: with all replicas
-  at once XLA may find that this is the same.
-  """
-
-  def loss_of_parts(
+  def loss_of_all(
     params: PyTree, outputs: PyTree
   ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
-    replicas = _join(outputs)
-    return loss(
-      params,
-      jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), replicas),
-    )
+    # [R, rows, ...] -> [B, ...]
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    return loss(params, outputs)
 
-  def plain_encode(part: PyTree) -> PyTree:
-    return jax.vmap(functools.partial(encode, params))(*part)
+  def perturbed_encode(moving: PyTree, around: PyTree, part: PyTree) -> PyTree:
+    params, fixed = around
+    replica, cotangents = part
+    _, vjp = jax.vjp(lambda params: encode(params, fixed, replica), params)
+    moved = _add(moving, sam.perturbation(*vjp(cotangents)))
+    return encode(moved, fixed, replica)
 
-  def perturbed_encode(moving: PyTree, part: PyTree) -> PyTree:
-    def of_replica(batch: PyTree, rng: jax.Array, cotangents: PyTree) -> PyTree:
-      _, vjp = jax.vjp(lambda params: encode(params, batch, rng), params)
-      perturbation = sam.perturbation(*vjp(cotangents))
-      return encode(_add(moving, perturbation), batch, rng)
-
-    return jax.vmap(of_replica)(*part)
-
-  outputs = jax.lax.map(plain_encode, parts)
+  outputs = _stacked(encode, params, fixed, replicas, mesh)
   (grads, cotangents), aux = jax.grad(
-    loss_of_parts, argnums=(0, 1), has_aux=True
+    loss_of_all, argnums=(0, 1), has_aux=True
   )(params, outputs)
-  sharp = _cached(perturbed_encode, loss_of_parts, params, (*parts, cotangents))
+  sharp = _cached(
+    perturbed_encode,
+    loss_of_all,
+    params,
+    (params, fixed),
+    (replicas, cotangents),
+    mesh,
+  )
   return _with_perturbed_loss(Gradients(grads, *aux), sharp)
 
 
@@ -304,6 +322,72 @@ def _replicas(
   )
   count = jax.tree.leaves(replicas)[0].shape[0]
   return replicas, jax.random.split(rng, count)
+
+
+def _divided_by(mesh: Mesh | None, count: int) -> Mesh | None:
+  """The mesh, if each of its batch shards gets as many of `count` replicas."""
+  if mesh is None or count % partitioning.num_batch_shards(mesh):
+    return None
+  return mesh
+
+
+def _stacked(
+  f: Callable[[PyTree, PyTree, PyTree], PyTree],
+  params: PyTree,
+  fixed: PyTree,
+  parts: PyTree,
+  mesh: Mesh | None,
+) -> PyTree:
+  """f(params, fixed, part) of all parts [n, ...], one after another: [n, ...].
+
+  With a mesh, each device does this to its own parts. `f` may close over no
+  array: inside and outside `jax.shard_map` arrays are of different kinds.
+  """
+
+  def own(params: PyTree, fixed: PyTree, parts: PyTree) -> PyTree:
+    return jax.lax.map(functools.partial(f, params, fixed), parts)
+
+  if mesh is not None:
+    rows = P(partitioning.BATCH_AXES)
+    own = jax.shard_map(
+      own,
+      mesh=mesh,
+      in_specs=(P(), P(), rows),
+      out_specs=rows,
+      check_vma=False,
+    )
+  return own(params, fixed, parts)
+
+
+def _summed(
+  f: Callable[[PyTree, PyTree, PyTree], PyTree],
+  params: PyTree,
+  fixed: PyTree,
+  parts: PyTree,
+  mesh: Mesh | None,
+) -> PyTree:
+  """The sum of what `_stacked` would give, without ever stacking it."""
+
+  def own(params: PyTree, fixed: PyTree, parts: PyTree) -> PyTree:
+    of_part = functools.partial(f, params, fixed)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, first)
+    )
+    sums, _ = jax.lax.scan(
+      lambda sums, part: (_add(sums, of_part(part)), None), zeros, parts
+    )
+    return sums if mesh is None else jax.lax.psum(sums, partitioning.BATCH_AXES)
+
+  if mesh is not None:
+    own = jax.shard_map(
+      own,
+      mesh=mesh,
+      in_specs=(P(), P(), P(partitioning.BATCH_AXES)),
+      out_specs=P(),
+      check_vma=False,
+    )
+  return own(params, fixed, parts)
 
 
 def _split(tree: PyTree, n: int) -> PyTree:

@@ -66,8 +66,7 @@ class Optim:
     sam_rho: length of SAM's perturbation of the parameters; None or 0 = no
       SAM.
     sam_replica_batch: examples that share a perturbation (the m of Foret et
-      al., section 4.1); divides config.batch_size / config.num_microbatches.
-      None = the whole batch.
+      al., section 4.1); divides config.batch_size. None = the whole batch.
   """
 
   learning_rate: float
@@ -170,7 +169,8 @@ def make_sam(
   """SAM as a config describes it, or None where it has no rho.
 
   Raises:
-    UserError: a negative rho, or microbatches that do not divide into replicas.
+    UserError: a negative rho, replicas that do not divide the batch, or
+      microbatches.
   """
   optim = config_lib.construct(Optim, config_optim, where="config.optim")
   if not optim.sam_rho:
@@ -180,13 +180,17 @@ def make_sam(
       f"config.optim.sam_rho {optim.sam_rho} is a length: choose 0 (no SAM) or "
       "more"
     )
+  if num_microbatches > 1:
+    raise errors.UserError(
+      "config.num_microbatches must be 1 with SAM, whose replicas are seen one "
+      "after another: lower config.optim.sam_replica_batch instead"
+    )
   rows = optim.sam_replica_batch
   rows = batch_size if rows is None else rows
-  if rows < 1 or batch_size // num_microbatches % rows:
+  if rows < 1 or batch_size % rows:
     raise errors.UserError(
-      f"config.optim.sam_replica_batch {rows} does not divide a microbatch of "
-      f"{batch_size // num_microbatches} (config.batch_size {batch_size} / "
-      f"config.num_microbatches {num_microbatches}): choose a divisor"
+      f"config.optim.sam_replica_batch {rows} does not divide "
+      f"config.batch_size {batch_size}: choose a divisor"
     )
   return Sam(optim, rows)
 

@@ -51,11 +51,16 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
+def num_batch_shards(mesh: Mesh) -> int:
+  """How many parts the rows of a batch are in."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(
   batch_size: int, num_microbatches: int, mesh: Mesh
 ) -> None:
   """Raises UserError unless every device gets whole examples each time."""
-  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  shards = num_batch_shards(mesh)
   if batch_size % (shards * num_microbatches):
     raise errors.UserError(
       f"config.batch_size {batch_size} does not divide into {shards} batch "

@@ -73,6 +73,7 @@ def make_train_step(
   ema_decay: float,
   num_microbatches: int = 1,
   sam: optim.Sam | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> TrainStep:
   """The pure update `(state, frozen, batch, rng) -> (state, metrics)`.
 
@@ -81,9 +82,10 @@ def make_train_step(
     num_microbatches: parts of the batch that are seen one after another before
       the one update; see gradients.py.
     sam: sharpness-aware minimisation; None = off.
+    mesh: on which SAM's replicas are spread.
   """
   gradients_of = gradients.make_gradients(
-    task, num_microbatches=num_microbatches, sam=sam
+    task, num_microbatches=num_microbatches, sam=sam, mesh=mesh
   )
 
   def train_step(
@@ -308,6 +310,7 @@ def _loop(
       ema_decay=config.ema_decay,
       num_microbatches=config.num_microbatches,
       sam=run.sam,
+      mesh=run.mesh,
     ),
     donate_argnums=0,
     out_shardings=(

@@ -63,7 +63,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.batch_size = 32_768  # CLIP
   config.num_steps = EPOCHS * NUM_PICTURES // config.batch_size
-  config.num_microbatches = 8  # 4,096 examples, 64 replicas at once
   config.ema_decay = 0.0  # none: evaluated are the parameters themselves
   config.eval_every_steps = 10_000
 
@@ -76,7 +75,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.optim.eps = 1e-6  # CLIP
   config.optim.clip_norm = None  # none is stated
   # "SAM rho = 0.1, perturbation applied independently by each replica, replica
-  # batch 64"
+  # batch 64". A device sees its replicas one after another with cached
+  # gradients: without SAM, set config.num_microbatches = 512.
   config.optim.sam_rho = 0.1
   config.optim.sam_replica_batch = 64
 
@@ -96,7 +96,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.vision_num_heads = config.model.text_num_heads = 2
     config.model.vocab_size = 1024
     config.model.embed_dim = 16
-    config.num_microbatches = 2
     config.optim.sam_replica_batch = 2
     common.smoke(config)
   return config
