@@ -35,6 +35,9 @@ LABEL = flags.DEFINE_multi_string("label", [], "typographic_attack: a caption.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "Pictures to draw.", 1)
 SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.")
 STEPS = flags.DEFINE_integer("decoder_steps", None, "Of the decoder.", 1)
+REFINEMENTS = flags.DEFINE_integer(
+  "num_refinements", 0, "reconstruct: of each step of the inversion.", 0
+)
 ETA = flags.DEFINE_float("eta", 1.0, "variations: share of fresh noise.")
 FIXED_NOISE = flags.DEFINE_bool(
   "fixed_noise", False, "interpolate: one random x_T."
@@ -73,7 +76,11 @@ def _prompt() -> str:
 
 
 def _reconstruct(pipe: pipelines.UnCLIPPipeline) -> Images:
-  return pipe.reconstruct(_images(None), decoder_steps=STEPS.value).images
+  return pipe.reconstruct(
+    _images(None),
+    decoder_steps=STEPS.value,
+    num_refinements=REFINEMENTS.value,
+  ).images
 
 
 def _variations(pipe: pipelines.UnCLIPPipeline) -> Images:

@@ -91,6 +91,7 @@ def encode(
   *,
   prompts: Sequence[str] | None = None,
   decoder_steps: int | None = None,
+  num_refinements: int = 0,
 ) -> Latents:
   """Pictures as (z_i, x_T): CLIP, and DDIM inversion of the decoder.
 
@@ -98,6 +99,7 @@ def encode(
     prompts: captions on which the decoder is conditioned too; None: on none.
     decoder_steps: of the inversion; None: as many as the decoder draws with.
       The error of `decode` falls with their number.
+    num_refinements: of each of them (diffusion.samplers.ddim_inverse).
   """
   decoder = pipe.parts["decoder"]
   batch = {
@@ -115,10 +117,12 @@ def encode(
         batch,
         use_text=prompts is not None,
         num_sample_steps=steps,
+        num_refinements=num_refinements,
       )
     )
 
-  run = pipe.jitted(("invert", prompts is not None, steps), invert)
+  key = ("invert", prompts is not None, steps, num_refinements)
+  run = pipe.jitted(key, invert)
   x_T = run(decoder.variables, decoder.frozen, batch)
   return Latents(batch["image_embed"], np.asarray(x_T))
 
@@ -161,10 +165,16 @@ def decode(
 
 
 def reconstruct(
-  pipe: UnCLIPPipeline, images: Sequence[Picture], **options: Any
+  pipe: UnCLIPPipeline,
+  images: Sequence[Picture],
+  *,
+  prompts: Sequence[str] | None = None,
+  decoder_steps: int | None = None,
+  num_refinements: int = 0,
 ) -> PipelineOutput:
-  """Pictures drawn back from their (z_i, x_T); options of `encode`."""
-  latents = encode(pipe, images, **options)
+  """Pictures drawn back from their (z_i, x_T); arguments as for `encode`."""
+  options: dict[str, Any] = dict(prompts=prompts, decoder_steps=decoder_steps)
+  latents = encode(pipe, images, num_refinements=num_refinements, **options)
   return decode(pipe, latents.image_embed, x_T=latents.x_T, **options)
 
 
