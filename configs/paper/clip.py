@@ -79,6 +79,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # gradients: without SAM, set config.num_microbatches = 512.
   config.optim.sam_rho = 0.1
   config.optim.sam_replica_batch = 64
+  # Our choice: from the start, ours does not learn (ablations/clip_sam.py).
+  config.optim.sam_start_step = config.optim.warmup_steps
 
   config.evals = dict(
     retrieval=dict(
@@ -97,5 +99,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.vocab_size = 1024
     config.model.embed_dim = 16
     config.optim.sam_replica_batch = 2
+    config.optim.sam_start_step = 1
     common.smoke(config)
   return config
