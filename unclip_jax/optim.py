@@ -69,7 +69,7 @@ class Optim:
       al., section 4.1); divides config.batch_size. None = the whole batch.
     sam_start_step: SAM sets in after so many updates. A network that starts at
       a saddle (CLIP, whose embeddings are all equal at first) stays there where
-      the perturbation reaches over it.
+      the perturbation reaches over it. The steps before cost as much.
   """
 
   learning_rate: float
