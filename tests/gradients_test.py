@@ -71,9 +71,9 @@ REGRESSION = {"in": normal(3, 4), "out": normal(4, 2)}
 COUPLED = {"in": normal(3, 4), "scale": jnp.float32(0.3)}
 
 
-def sam_of(rho, replica_batch, rules=()):
+def sam_of(rho, replica_batch, **fields):
   return optim.Sam(
-    optim.Optim(learning_rate=1.0, sam_rho=rho, rules=rules), replica_batch
+    optim.Optim(learning_rate=1.0, sam_rho=rho, **fields), replica_batch
   )
 
 
@@ -238,16 +238,18 @@ def test_coupled_sam_keeps_draws_and_order():
     (Coupled(keep=1.0), COUPLED, {}),
   ],
 )
-def test_sam_of_rho_0_is_the_plain_gradient(task, params, state):
+@pytest.mark.parametrize(
+  "sam", [sam_of(0.0, 2), sam_of(9.0, 2, sam_start_step=1)]
+)
+def test_sam_of_rho_0_is_the_plain_gradient(task, params, state, sam):
   plain = gradients_of(task, params, model_state=state)
-  sam = sam_of(0.0, 2)
   found = gradients_of(task, params, model_state=state, sam=sam)
   assert_close(found.grads, plain.grads)
 
 
 def test_the_perturbation_has_length_rho_and_spares_what_is_frozen():
   sam = sam_of(0.5, 2, rules=(("^in", "freeze"),))
-  perturbation = sam.perturbation(REGRESSION)
+  perturbation = sam.perturbation(REGRESSION, 0)
   assert not np.any(perturbation["in"])
   assert np.linalg.norm(perturbation["out"]) == pytest.approx(0.5)
   cosine = np.vdot(perturbation["out"], REGRESSION["out"]) / (
@@ -255,7 +257,7 @@ def test_the_perturbation_has_length_rho_and_spares_what_is_frozen():
   )
   assert cosine == pytest.approx(1)
   zeros = jax.tree.map(jnp.zeros_like, REGRESSION)
-  assert not np.any(sam.perturbation(zeros)["out"])
+  assert not np.any(sam.perturbation(zeros, 0)["out"])
 
 
 def make_sam(batch_size=8, num_microbatches=1, **fields):

@@ -91,7 +91,7 @@ SAM = dict(batch_size=32, optim=dict(sam_rho=0.1, sam_replica_batch=2))
   [
     ("clip", {}, ("data", "hybrid")),
     ("clip", CACHED, ("data",)),
-    ("clip", SAM, ("data",)),
+    ("clip", SAM, ("data", "hybrid")),
     ("prior", {}, ("data",)),
     ("decoder", {}, ("data", "hybrid")),
     ("upsampler", {}, ("data",)),

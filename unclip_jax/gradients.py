@@ -63,6 +63,14 @@ class Gradients(NamedTuple):
   metrics: Metrics  # name -> []
 
 
+class _Fixed(NamedTuple):
+  """What a loss needs besides parameters, rows and keys."""
+
+  model_state: PyTree
+  frozen: tasks_base.Frozen
+  step: jax.Array
+
+
 # (params, model_state, frozen, batch, rng, step) -> Gradients
 GradientFn = Callable[
   [
@@ -108,7 +116,7 @@ def make_gradients(
     step: jax.Array,
   ) -> Gradients:
     def loss(
-      params: PyTree, fixed: PyTree, batch: PyTree, rng: jax.Array
+      params: PyTree, fixed: _Fixed, batch: PyTree, rng: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
       model_state, frozen, step = fixed
       variables = {"params": params, **model_state}
@@ -116,7 +124,7 @@ def make_gradients(
         task.loss(variables, frozen, batch, rng, step=step, train=True)
       )
 
-    def encode(params: PyTree, fixed: PyTree, part: PyTree) -> PyTree:
+    def encode(params: PyTree, fixed: _Fixed, part: PyTree) -> PyTree:
       model_state, frozen, _ = fixed
       variables = {"params": params, **model_state}
       return task.encode(variables, frozen, *part, train=True)
@@ -127,7 +135,7 @@ def make_gradients(
       variables = {"params": params, **model_state}
       return _mean(task.coupled_loss(variables, outputs))
 
-    fixed = (model_state, frozen, step)
+    fixed = _Fixed(model_state, frozen, step)
     if sam is not None:
       replicas = _replicas(batch, rng, sam.replica_batch)
       devices = _divided_by(mesh, replicas[1].shape[0])
@@ -150,7 +158,7 @@ def make_gradients(
       )
     return _accumulate(
       lambda model_state, batch, rng: _at_once(
-        loss, params, (model_state, frozen, step), batch, rng
+        loss, params, _Fixed(model_state, frozen, step), batch, rng
       ),
       model_state,
       parts,
@@ -170,7 +178,7 @@ def _mean(
 def _at_once(
   loss: Callable[..., tuple[jax.Array, tuple[PyTree, Metrics]]],
   params: PyTree,
-  fixed: PyTree,
+  fixed: _Fixed,
   batch: PyTree,
   rng: jax.Array,
 ) -> Gradients:
@@ -246,15 +254,15 @@ def _sam(
   loss: Callable[..., tuple[jax.Array, tuple[PyTree, Metrics]]],
   sam: optim.Sam,
   params: PyTree,
-  fixed: PyTree,
+  fixed: _Fixed,
   replicas: tuple[PyTree, jax.Array],
   mesh: Mesh | None,
 ) -> Gradients:
   """Mean over replicas [R, rows, ...] of the gradients at w + e_r."""
 
-  def of_replica(params: PyTree, fixed: PyTree, replica: PyTree) -> Gradients:
+  def of_replica(params: PyTree, fixed: _Fixed, replica: PyTree) -> Gradients:
     plain = _at_once(loss, params, fixed, *replica)
-    perturbed = _add(params, sam.perturbation(plain.grads))
+    perturbed = _add(params, sam.perturbation(plain.grads, fixed.step))
     sharp = _at_once(loss, perturbed, fixed, *replica)
     return _with_perturbed_loss(plain, sharp)
 
@@ -268,7 +276,7 @@ def _cached_sam(
   loss: Callable[[PyTree, PyTree], tuple[jax.Array, tuple[PyTree, Metrics]]],
   sam: optim.Sam,
   params: PyTree,
-  fixed: PyTree,
+  fixed: _Fixed,
   replicas: tuple[PyTree, jax.Array],
   mesh: Mesh | None,
 ) -> Gradients:
@@ -285,7 +293,7 @@ def _cached_sam(
     params, fixed = around
     replica, cotangents = part
     _, vjp = jax.vjp(lambda params: encode(params, fixed, replica), params)
-    moved = _add(moving, sam.perturbation(*vjp(cotangents)))
+    moved = _add(moving, sam.perturbation(*vjp(cotangents), fixed.step))
     return encode(moved, fixed, replica)
 
   outputs = _stacked(encode, params, fixed, replicas, mesh)

@@ -67,6 +67,9 @@ class Optim:
       SAM.
     sam_replica_batch: examples that share a perturbation (the m of Foret et
       al., section 4.1); divides config.batch_size. None = the whole batch.
+    sam_start_step: SAM sets in after so many updates. A network that starts at
+      a saddle (CLIP, whose embeddings are all equal at first) stays there where
+      the perturbation reaches over it. The steps before cost as much.
   """
 
   learning_rate: float
@@ -84,6 +87,7 @@ class Optim:
   skip_nonfinite: bool = True
   sam_rho: float | None = None
   sam_replica_batch: int | None = None
+  sam_start_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +97,20 @@ class Sam:
   optim: Optim
   replica_batch: int
 
-  def perturbation(self, grads: PyTree) -> PyTree:
+  def perturbation(self, grads: PyTree, step: jax.Array | int) -> PyTree:
     """rho g / ||g||_2 of what is trained, 0 for frozen parameters.
 
-    Equation 2 of Foret et al. with p = 2. A gradient of 0 perturbs nothing.
+    Equation 2 of Foret et al. with p = 2. A gradient of 0 perturbs nothing,
+    nor does any before `sam_start_step`.
     """
+    rho = jnp.where(step < self.optim.sam_start_step, 0.0, self.optim.sam_rho)
     trained = jax.tree.map(
       lambda mult, g: jnp.zeros_like(g) if mult == _FROZEN else g,
       _multipliers(self.optim, grads),
       grads,
     )
     norm = jnp.maximum(optax.tree.norm(trained), jnp.finfo(jnp.float32).tiny)
-    return jax.tree.map(lambda g: self.optim.sam_rho * (g / norm), trained)
+    return jax.tree.map(lambda g: rho * (g / norm), trained)
 
 
 def make_optimizer(

@@ -75,10 +75,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.optim.eps = 1e-6  # CLIP
   config.optim.clip_norm = None  # none is stated
   # "SAM rho = 0.1, perturbation applied independently by each replica, replica
-  # batch 64". A device sees its replicas one after another with cached
-  # gradients: without SAM, set config.num_microbatches = 512.
+  # batch 64". A device sees its replicas one after another, so that there are
+  # no other microbatches; without SAM, set config.num_microbatches.
   config.optim.sam_rho = 0.1
   config.optim.sam_replica_batch = 64
+  # Our choice: with SAM from step 0 small ones of ours do not begin to learn
+  # (ablations/clip_sam.py).
+  config.optim.sam_start_step = config.optim.warmup_steps
 
   config.evals = dict(
     retrieval=dict(
@@ -97,5 +100,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.vocab_size = 1024
     config.model.embed_dim = 16
     config.optim.sam_replica_batch = 2
+    config.optim.sam_start_step = 1
     common.smoke(config)
   return config
