@@ -4,10 +4,11 @@
     --workdir runs/paper/prior_ar --config.frozen.clip.path=runs/paper/clip \
     --config.mesh.fsdp=8
 
-Parameters: 1,211,227,136 in the text encoder and 967,305,216 in the latent
-decoder, of which 163,657,728 give the keys and values of the text in its 24
-layers. The table says 1B, which its own widths and depths exceed. FID on
-MS-COCO with the paper's decoder: 10.63 (table 1).
+Parameters: 1,310,316,544 in the text encoder, of which 101,187,584 embed the
+tokens, and 967,305,216 in the latent decoder, of which 163,657,728 give the
+keys and values of the text in its 24 layers. The table says 1B, which its own
+widths and depths exceed. FID on MS-COCO with the paper's decoder: 10.63 (table
+1).
 
 Emoji stand in for the data: configs/paper/data.py. What the paper does not
 state is marked "ours". `:smoke` trains two steps of a tiny model.
@@ -38,6 +39,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.ema_decay = 0.999  # EMA decay 0.999
   config.optim.schedule = "constant"  # ours, with the warm-up and clip_norm 1
   if arg.smoke:
+    config.model.text_width = None
+    config.model.vocab_size = 1024
     return config
 
   config.num_steps = 1_000_000  # Iterations 1M
@@ -46,7 +49,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   upstream = clip.get_config()
   config.model = dict(
     embed_dim=upstream.model.embed_dim,
-    text_width=upstream.model.text_width,
+    text_width=None,
+    vocab_size=data.VOCAB_SIZE,
     # Text encoder context/width/depth/heads 256/2048/24/32
     context_length=data.CONTEXT_LENGTH,
     encoder_width=2048,

@@ -258,7 +258,7 @@ def test_guided_and_watched_networks_stay_self_conditioned():
     (2, 3),
     None,
     guidance_scale=3.0,
-    on_step=lambda: seen.append(1),
+    on_step=lambda num_calls: seen.append(num_calls),
     **options,
   )
   expected = PROCESS.sample(
@@ -266,7 +266,7 @@ def test_guided_and_watched_networks_stay_self_conditioned():
   )
   np.testing.assert_allclose(guided, expected, rtol=1e-4, atol=1e-5)
   jax.effects_barrier()
-  assert len(seen) == 3
+  assert seen == [3, 3, 3]
 
 
 def test_half_of_the_training_steps_see_an_estimate_without_a_gradient():

@@ -201,17 +201,16 @@ def test_parameters_of_the_paper():
       jnp.zeros((1, 319), jnp.int32),
       jnp.zeros(1, jnp.int32),
       jnp.zeros((1, 1024)),
-      jnp.zeros((1, 256, 1024)),
-      jnp.ones((1, 256), bool),
+      text_tokens=jnp.zeros((1, 256), jnp.int32),
     )
   )
   counts = {"encoder": 0, "decoder": 0}
-  of_encoder = ("encoder_", "text_encodings_proj", "null_text_encodings")
+  of_encoder = ("encoder_", "null_text_encodings")
   for name, leaves in variables["params"].items():
     part = "encoder" if name.startswith(of_encoder) else "decoder"
     counts[part] += sum(x.size for x in jax.tree.leaves(leaves))
   # As in the config's docstring.
-  assert counts == {"encoder": 1_211_227_136, "decoder": 967_305_216}
+  assert counts == {"encoder": 1_310_316_544, "decoder": 967_305_216}
 
 
 def test_another_context_length_is_an_error():
@@ -222,3 +221,34 @@ def test_another_context_length_is_an_error():
   }
   with pytest.raises(errors.UserError, match="5 text states, not 4"):
     jax.eval_shape(functools.partial(MODEL.init, jax.random.key(0), **short))
+
+
+def test_tokens_take_the_place_of_text_states():
+  model = dataclasses.replace(MODEL, text_width=None, vocab_size=9)
+  given = {k: v for k, v in INPUTS.items() if k != "text_encodings"}
+  tokens = jnp.asarray(np.arange(3 * L).reshape(3, L) % 9)
+  shapes = jax.eval_shape(
+    functools.partial(model.init, jax.random.key(0)),
+    **given,
+    text_tokens=tokens,
+  )
+  variables = random_variables.like_tree(shapes)
+  embedded = variables["params"]["encoder_token_embed"]["embedding"][tokens]
+  by_states = dataclasses.replace(MODEL, text_width=embedded.shape[-1])
+  params = dict(variables["params"])
+  del params["encoder_token_embed"]
+  width = embedded.shape[-1]
+  params["text_encodings_proj"] = {
+    "kernel": jnp.eye(width),
+    "bias": jnp.zeros(width),
+  }
+  logits, _ = model.apply(variables, **given, text_tokens=tokens)
+  expected, _ = by_states.apply(
+    {"params": params}, **given, text_encodings=embedded
+  )
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+  with pytest.raises(errors.UserError, match="text_tokens: pass it"):
+    model.apply(variables, **INPUTS)
+  both = dataclasses.replace(MODEL, vocab_size=9)
+  with pytest.raises(errors.UserError, match="either text_width"):
+    both.init(jax.random.key(0), **INPUTS)

@@ -16,10 +16,11 @@ Where the paper is silent: one table of bucket embeddings serves all dimensions,
 with a learned position for each (a table per dimension would have 544 M
 parameters, and the same again for the output). The dot product is only given,
 not predicted. A dropped text takes the dot product, a function of it, along:
-what is left is the prior over images. Deviations: the paper's text encoder
-reads tokens, ours the CLIP's states, as the diffusion prior does; of the 384
-positions in the table only the K + 1 that are used exist; the projections that
-end a residual branch, and the output, start at zero.
+what is left is the prior over images. With a vocab_size the text encoder reads
+the caption's tokens, as the paper's does, else a frozen CLIP's states.
+Deviations: of the 384 positions in the table only the K + 1 that are used
+exist; the projections that end a residual branch, and the output, start at
+zero.
 
 Sizes (table 3): text encoder: context 256, width 2048, depth 24, 32 heads;
 latent decoder: context 384, width 1664, depth 24, 26 heads; K = 319 codes of
@@ -61,13 +62,14 @@ class Model(nn.Module):
 
   Attributes:
     embed_dim: size of text_embed.
-    text_width: size of the incoming text states.
+    text_width: size of the incoming text states; None: there are none.
     context_length: L, the number of text states.
     num_codes: codes that make up an image embedding.
     num_buckets: V, values of a code.
     num_dot_buckets: values of the dot-product token.
     encoder_width, encoder_depth, encoder_num_heads: the text encoder.
     width, depth, num_heads: the latent decoder.
+    vocab_size: text tokens are 0 to vocab_size - 1; None: text states come in.
     mlp_ratio: hidden width of the MLPs, in widths.
     dropout: rate in the residual branches, when training.
     remat: recompute each block in the backward pass instead of storing it.
@@ -75,7 +77,7 @@ class Model(nn.Module):
   """
 
   embed_dim: int
-  text_width: int
+  text_width: int | None
   context_length: int
   num_codes: int
   num_buckets: int
@@ -86,23 +88,37 @@ class Model(nn.Module):
   width: int
   depth: int
   num_heads: int
+  vocab_size: int | None = None
   mlp_ratio: float = 4
   dropout: float = 0.0
   remat: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
+    if (self.text_width is None) == (self.vocab_size is None):
+      raise errors.UserError(
+        "this prior needs either text_width, of the text states that it is "
+        "given, or vocab_size, of the tokens that it encodes itself: set one"
+      )
     normal = nn.initializers.normal(0.02)
     self.null_text_encodings = self.param(
-      "null_text_encodings", normal, (self.text_width,)
+      "null_text_encodings", normal, (self.text_width or self.encoder_width,)
     )
     self.null_text_embed = self.param(
       "null_text_embed", normal, (self.embed_dim,)
     )
 
-    self.text_encodings_proj = linear.Dense(
-      self.encoder_width, dtype=self.dtype
-    )
+    if self.vocab_size is None:
+      self.text_encodings_proj = linear.Dense(
+        self.encoder_width, dtype=self.dtype
+      )
+    else:
+      self.encoder_token_embed = nn.Embed(
+        self.vocab_size,
+        self.encoder_width,
+        embedding_init=normal,
+        dtype=self.dtype,
+      )
     self.encoder_position = self.param(
       "encoder_position", normal, (self.context_length, self.encoder_width)
     )
@@ -156,9 +172,10 @@ class Model(nn.Module):
     codes: jax.Array,
     dot_bucket: jax.Array,
     text_embed: jax.Array,
-    text_encodings: jax.Array,
-    text_mask: jax.Array,
+    text_encodings: jax.Array | None = None,
+    text_mask: jax.Array | None = None,
     *,
+    text_tokens: jax.Array | None = None,
     text_drop: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -168,8 +185,9 @@ class Model(nn.Module):
       codes: [B, num_codes] int32.
       dot_bucket: [B] int32; num_dot_buckets means that none is given.
       text_embed: [B, embed_dim], of components of order 1.
-      text_encodings: [B, L, text_width].
-      text_mask: [B, L] bool, True = real token.
+      text_encodings: [B, L, text_width], where there is a text_width.
+      text_mask: [B, L] bool, True = real token; None: all are.
+      text_tokens: [B, L] int32, where there is a vocab_size.
       text_drop: [B] bool, True = as if there were no text and no dot product.
       train: whether dropout is on.
 
@@ -179,7 +197,7 @@ class Model(nn.Module):
       encoder's width]}.
     """
     text, encoded = self._encode_text(
-      text_embed, text_encodings, text_mask, text_drop, train
+      text_embed, text_encodings, text_mask, text_tokens, text_drop, train
     )
     if text_drop is not None:
       dot_bucket = jnp.where(text_drop, self.num_dot_buckets, dot_bucket)
@@ -204,13 +222,15 @@ class Model(nn.Module):
   def encode_text(
     self,
     text_embed: jax.Array,
-    text_encodings: jax.Array,
-    text_mask: jax.Array,
+    text_encodings: jax.Array | None = None,
+    text_mask: jax.Array | None = None,
+    *,
+    text_tokens: jax.Array | None = None,
     text_drop: jax.Array | None = None,
   ) -> Text:
     """What `prefill` needs of the text; arguments as in `__call__`."""
     text, _ = self._encode_text(
-      text_embed, text_encodings, text_mask, text_drop, train=False
+      text_embed, text_encodings, text_mask, text_tokens, text_drop, False
     )
     return text
 
@@ -268,27 +288,36 @@ class Model(nn.Module):
   def _encode_text(
     self,
     text_embed: jax.Array,
-    text_encodings: jax.Array,
-    text_mask: jax.Array,
+    text_encodings: jax.Array | None,
+    text_mask: jax.Array | None,
+    text_tokens: jax.Array | None,
     text_drop: jax.Array | None,
     train: bool,
   ) -> tuple[Text, jax.Array]:
     """What the latent decoder gets, and the encoder's states [B, L, width]."""
-    L = text_encodings.shape[1]
+    name = "text_encodings" if self.vocab_size is None else "text_tokens"
+    states = text_encodings if self.vocab_size is None else text_tokens
+    if states is None:
+      raise errors.UserError(f"this prior is conditioned on {name}: pass it")
+    B, L = states.shape[:2]
     if self.context_length != L:
       raise errors.UserError(
         f"this prior takes {self.context_length} text states, not {L}: set its "
         f"context_length to that of the tokenizer"
       )
-    text_encodings = embeddings.replace_dropped(
-      text_encodings, self.null_text_encodings, text_drop
+    if text_mask is None:
+      text_mask = jnp.ones((B, L), bool)
+    if self.vocab_size is not None:
+      states = self.encoder_token_embed(states)
+    states = embeddings.replace_dropped(
+      states, self.null_text_encodings, text_drop
     )
     text_embed = embeddings.replace_dropped(
       text_embed, self.null_text_embed, text_drop
     )
     if text_drop is not None:
       text_mask = text_mask | text_drop[:, None]
-    x = self.text_encodings_proj(text_encodings)
+    x = self.text_encodings_proj(states) if self.vocab_size is None else states
     x = x + self.encoder_position.astype(x.dtype)
     x, _ = transformer.run(
       self.encoder_block,

@@ -96,7 +96,12 @@ class Task:
   def _condition(
     self, frozen: base.Frozen, batch: base.Batch
   ) -> dict[str, jax.Array]:
-    return priors.condition(self.upstream["clip"], frozen["clip"], batch)
+    return priors.condition(
+      self.upstream["clip"],
+      frozen["clip"],
+      batch,
+      as_tokens=self.model.vocab_size is not None,
+    )
 
   def loss(
     self,
