@@ -3,13 +3,15 @@
 #
 #   launch/manipulations.sh [MODEL [OUT]]
 #
-# MODEL is a model folder, by default that of `make quickstart`; OUT gets a
-# sheet for each verb: what was given, then what was drawn.
+# In the environment of `make venv` (`. .venv/bin/activate`). MODEL is a model
+# folder, by default that of `make quickstart`; OUT gets a sheet for each verb:
+# what was given, then what was drawn.
 set -euo pipefail
 model=${1:-runs/quickstart/model}
 out=${2:-runs/quickstart/manipulations}
 steps=100
 
+unclip() { python -m unclip_jax "$@"; }
 unclip sample --model "$model" --out "$out/given" \
   --prompt "frog" --prompt "red apple" --prompt "tiger face"
 frog=$out/given/00000.png apple=$out/given/00001.png
