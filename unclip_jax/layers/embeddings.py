@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import linear
+from unclip_jax.utils import errors
 
 
 def sinusoidal(
@@ -89,3 +90,60 @@ def replace_dropped(
     return x
   drop = drop.reshape((-1,) + (1,) * (x.ndim - 1))
   return jnp.where(drop, null.astype(x.dtype), x)
+
+
+def check_text_fields(text_width: int | None, vocab_size: int | None) -> None:
+  """A prior is given text states or encodes tokens itself: one of the two.
+
+  Raises:
+    UserError: both fields are set, or neither.
+  """
+  if (text_width is None) == (vocab_size is None):
+    raise errors.UserError(
+      "this prior needs either text_width, of the text states that it is "
+      "given, or vocab_size, of the tokens that it encodes itself: set one"
+    )
+
+
+def text_states(
+  text_encodings: jax.Array | None,
+  text_tokens: jax.Array | None,
+  text_mask: jax.Array | None,
+  text_drop: jax.Array | None,
+  *,
+  token_embed: nn.Embed | None,
+  null: jax.Array,
+  context_length: int,
+) -> tuple[jax.Array, jax.Array]:
+  """A prior's caption, before any projection or position.
+
+  Args:
+    text_encodings: [B, L, D], read where there is no token_embed.
+    text_tokens: [B, L] int32, read where there is one.
+    text_mask: [B, L] bool, True = real token; None: all are.
+    text_drop: [B] bool, True = as if there were no text.
+    null: [D], what a dropped caption has at every position.
+
+  Returns:
+    States [B, L, D], and the mask [B, L] of what may be attended to.
+
+  Raises:
+    UserError: the text is missing, or not context_length long.
+  """
+  name = "text_encodings" if token_embed is None else "text_tokens"
+  states = text_encodings if token_embed is None else text_tokens
+  if states is None:
+    raise errors.UserError(f"this prior is conditioned on {name}: pass it")
+  B, L = states.shape[:2]
+  if context_length != L:
+    raise errors.UserError(
+      f"this prior takes {context_length} text states, not {L}: set its "
+      f"context_length to that of the tokenizer"
+    )
+  if token_embed is not None:
+    states = token_embed(states)
+  if text_mask is None:
+    text_mask = jnp.ones((B, L), bool)
+  if text_drop is not None:
+    text_mask = text_mask | text_drop[:, None]
+  return replace_dropped(states, null, text_drop), text_mask

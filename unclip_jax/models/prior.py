@@ -32,7 +32,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import attention, embeddings, linear, norms, transformer
-from unclip_jax.utils import errors
 
 _NUM_STEP_POSITIONS = 3  # timestep, x_t, query
 _NUM_EXTRA_POSITIONS = 1 + _NUM_STEP_POSITIONS  # and text_embed
@@ -75,11 +74,7 @@ class Model(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
-    if (self.text_width is None) == (self.vocab_size is None):
-      raise errors.UserError(
-        "this prior needs either text_width, of the text states that it is "
-        "given, or vocab_size, of the tokens that it encodes itself: set one"
-      )
+    embeddings.check_text_fields(self.text_width, self.vocab_size)
     normal = nn.initializers.normal(0.02)
     if self.vocab_size is None:
       self.text_encodings_proj = linear.Dense(self.width, dtype=self.dtype)
@@ -196,25 +191,16 @@ class Model(nn.Module):
     text_drop: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Tokens [B, L + 1, D] and mask [B, L + 1] of the text."""
-    name = "text_encodings" if self.vocab_size is None else "text_tokens"
-    states = text_encodings if self.vocab_size is None else text_tokens
-    if states is None:
-      raise errors.UserError(f"this prior is conditioned on {name}: pass it")
-    if self.vocab_size is not None:
-      states = self.token_embed(states)
-    B, L, _ = states.shape
-    if self.context_length != L:
-      raise errors.UserError(
-        f"this prior takes {self.context_length} text states, not {L}: set its "
-        f"context_length to that of the tokenizer"
-      )
-    if text_mask is None:
-      text_mask = jnp.ones((B, L), bool)
-    if text_drop is not None:
-      text_mask = text_mask | text_drop[:, None]
-    states = embeddings.replace_dropped(
-      states, self.null_text_encodings, text_drop
+    states, text_mask = embeddings.text_states(
+      text_encodings,
+      text_tokens,
+      text_mask,
+      text_drop,
+      token_embed=None if self.vocab_size is None else self.token_embed,
+      null=self.null_text_encodings,
+      context_length=self.context_length,
     )
+    B, L = text_mask.shape
     if self.vocab_size is None:
       states = self.text_encodings_proj(states)
     text_embed = embeddings.replace_dropped(

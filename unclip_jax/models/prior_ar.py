@@ -37,7 +37,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import attention, embeddings, linear, norms, transformer
-from unclip_jax.utils import errors
 
 _NUM_GIVEN_POSITIONS = 2  # text_embed, dot-product token
 
@@ -95,11 +94,7 @@ class Model(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
-    if (self.text_width is None) == (self.vocab_size is None):
-      raise errors.UserError(
-        "this prior needs either text_width, of the text states that it is "
-        "given, or vocab_size, of the tokens that it encodes itself: set one"
-      )
+    embeddings.check_text_fields(self.text_width, self.vocab_size)
     normal = nn.initializers.normal(0.02)
     self.null_text_encodings = self.param(
       "null_text_encodings", normal, (self.text_width or self.encoder_width,)
@@ -295,29 +290,21 @@ class Model(nn.Module):
     train: bool,
   ) -> tuple[Text, jax.Array]:
     """What the latent decoder gets, and the encoder's states [B, L, width]."""
-    name = "text_encodings" if self.vocab_size is None else "text_tokens"
-    states = text_encodings if self.vocab_size is None else text_tokens
-    if states is None:
-      raise errors.UserError(f"this prior is conditioned on {name}: pass it")
-    B, L = states.shape[:2]
-    if self.context_length != L:
-      raise errors.UserError(
-        f"this prior takes {self.context_length} text states, not {L}: set its "
-        f"context_length to that of the tokenizer"
-      )
-    if text_mask is None:
-      text_mask = jnp.ones((B, L), bool)
-    if self.vocab_size is not None:
-      states = self.encoder_token_embed(states)
-    states = embeddings.replace_dropped(
-      states, self.null_text_encodings, text_drop
+    is_given = self.vocab_size is None
+    x, text_mask = embeddings.text_states(
+      text_encodings,
+      text_tokens,
+      text_mask,
+      text_drop,
+      token_embed=None if is_given else self.encoder_token_embed,
+      null=self.null_text_encodings,
+      context_length=self.context_length,
     )
     text_embed = embeddings.replace_dropped(
       text_embed, self.null_text_embed, text_drop
     )
-    if text_drop is not None:
-      text_mask = text_mask | text_drop[:, None]
-    x = self.text_encodings_proj(states) if self.vocab_size is None else states
+    if is_given:
+      x = self.text_encodings_proj(x)
     x = x + self.encoder_position.astype(x.dtype)
     x, _ = transformer.run(
       self.encoder_block,
