@@ -431,13 +431,26 @@ def min_snr_weight(
   if gamma <= 0:
     raise ValueError(f"gamma must be positive, got {gamma}")
   snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
-  clipped = np.minimum(snr, gamma)
+  return np.minimum(snr, gamma) * x_start_error_factor(schedule, prediction)
+
+
+def x_start_error_factor(
+  schedule: schedules.NoiseSchedule, prediction: Prediction
+) -> np.ndarray:
+  """[T], times the prediction's squared error it is that of x_start.
+
+  1 for x_start, 1 / SNR for eps and 1 / (SNR + 1) for v, from (1) and (2).
+
+  Raises:
+    ValueError: an unknown prediction.
+  """
+  level = schedule.alphas_cumprod
   if prediction == "x_start":
-    return clipped
+    return np.ones_like(level)
   if prediction == "eps":
-    return clipped / snr
+    return (1.0 - level) / level
   _check_is_v(prediction)
-  return clipped / (snr + 1.0)
+  return 1.0 - level
 
 
 def training_losses(

@@ -99,9 +99,9 @@ class Process:
 
   def x_start_mse(self, mse: np.ndarray) -> np.ndarray:
     """The error of x_start [T], given that of the prediction [T]."""
-    level = self.noise_schedule.alphas_cumprod
-    factor = {"x_start": 1.0, "v": 1 - level, "eps": (1 - level) / level}
-    return mse * factor[self.prediction]
+    return mse * gaussian.x_start_error_factor(
+      self.noise_schedule, self.prediction
+    )
 
   def _variance(self, x_start_mse: jax.Array | None) -> gaussian.Variance:
     if self.variance != "analytic":
