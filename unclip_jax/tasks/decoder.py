@@ -82,21 +82,13 @@ class Task:
   def prepare(
     self, frozen: base.Frozen, batches: Iterable[base.Batch]
   ) -> dict[str, base.PyTree]:
-    clip = self.upstream["clip"]
-    if self.condition_on == "image_embed":
-      return prior_diffusion.fit_embedding_space(
-        self.embedding_space, clip, frozen["clip"], batches
-      )
-    encode = jax.jit(clip.encode_text)
-    embeds = [
-      encode(frozen["clip"], batch["text_tokens"], batch["text_mask"])[0]
-      for batch in batches
-    ]
-    return {
-      "embedding_space": embedding_space.fit(
-        self.embedding_space, jnp.concatenate(embeds)
-      )
-    }
+    return prior_diffusion.fit_embedding_space(
+      self.embedding_space,
+      self.upstream["clip"],
+      frozen["clip"],
+      batches,
+      of=self.condition_on,
+    )
 
   def _condition(
     self, frozen: base.Frozen, batch: base.Batch

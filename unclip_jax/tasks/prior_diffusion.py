@@ -178,8 +178,23 @@ def fit_embedding_space(
   clip: Any,
   clip_variables: base.Variables,
   batches: Iterable[base.Batch],
+  *,
+  of: str = "image_embed",
 ) -> dict[str, base.PyTree]:
-  """The table `embedding_space` from the pictures of `batches`."""
-  encode = jax.jit(clip.encode_image)
-  embeds = [encode(clip_variables, batch["clip_image"]) for batch in batches]
+  """The table `embedding_space` from `batches`.
+
+  Args:
+    of: "image_embed" of the pictures, or "text_embed" of the captions.
+  """
+
+  @jax.jit
+  def embed(variables: base.Variables, batch: base.Batch) -> jax.Array:
+    if of == "image_embed":
+      return clip.encode_image(variables, batch["clip_image"])
+    text_embed, _ = clip.encode_text(
+      variables, batch["text_tokens"], batch["text_mask"]
+    )
+    return text_embed
+
+  embeds = [embed(clip_variables, batch) for batch in batches]
   return {"embedding_space": embedding_space.fit(kind, jnp.concatenate(embeds))}
