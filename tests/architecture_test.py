@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
   "data": {"utils"},
   "optim": {"utils"},
   "partitioning": {"utils"},
-  "checkpoints": {"utils"},
+  "tensor_files": {"utils"},
+  "checkpoints": {"tensor_files", "utils"},
   "train_state": {"utils"},
   "evaluators": {"metrics", "data", "utils"},
   "upstream": {"checkpoints", "data", "tasks.base", "utils"},
@@ -43,7 +44,7 @@ ALLOWED["trainer"] = set(ALLOWED) - {"models", "tasks"} | {"tasks.base"}
 ALLOWED["inference"] = {
   *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils")
 }
-ALLOWED["interop"] = ALLOWED["inference"]
+ALLOWED["interop"] = ALLOWED["inference"] | {"inference", "tensor_files"}
 ALLOWED["manipulations"] = {"data", "metrics", "utils"}
 ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
 

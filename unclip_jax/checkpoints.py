@@ -40,12 +40,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from unclip_jax import tensor_files
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import trees
 from unclip_jax.utils.errors import UserError
@@ -775,11 +774,13 @@ def fingerprint(variables: Mapping[str, PyTree]) -> str:
   """
   digest = hashlib.sha256()
   for name, leaf in sorted(trees.flatten(variables["params"]).items()):
-    array = np.asarray(leaf)
-    head = f"{name} {list(array.shape)} {array.dtype}\n"
-    digest.update(head.encode())
-    digest.update(array.tobytes())
+    _add_to_fingerprint(digest, name, np.asarray(leaf))
   return digest.hexdigest()[:16]
+
+
+def _add_to_fingerprint(digest: Any, name: str, array: np.ndarray) -> None:
+  digest.update(f"{name} {list(array.shape)} {array.dtype}\n".encode())
+  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def save_model(
@@ -807,18 +808,38 @@ def save_model(
       raise UserError(f"there is no file {path} for the asset {name!r}")
   folder.mkdir(parents=True, exist_ok=True)
   flat = trees.flatten({**variables, "tables": dict(tables)})
-  arrays = {n: np.ascontiguousarray(np.asarray(v)) for n, v in flat.items()}
-  # ascontiguousarray makes numbers one-dimensional.
-  arrays = {n: v.reshape(np.shape(flat[n])) for n, v in arrays.items()}
-  temporary = folder / f".{_WEIGHTS}.tmp"
-  safetensors.numpy.save_file(
-    arrays, temporary, metadata={"fingerprint": fingerprint(variables)}
-  )
-  os.replace(temporary, folder / _WEIGHTS)
+  save_arrays(folder, {n: tensor_files.lazy(v) for n, v in flat.items()})
   save_config(folder, config)
   for name, path in assets.items():
     if (folder / name).resolve() != pathlib.Path(path).resolve():
       shutil.copyfile(path, folder / name)
+
+
+def save_arrays(
+  folder: pathlib.Path, arrays: Mapping[str, tensor_files.LazyArray]
+) -> str:
+  """Writes model.safetensors, one array in memory at a time.
+
+  Args:
+    arrays: by their flat names, "params..." and "tables...".
+
+  Returns:
+    The fingerprint of the parameters.
+  """
+  digest = hashlib.sha256()
+
+  def add(name: str, array: np.ndarray) -> None:
+    if name.startswith("params."):
+      _add_to_fingerprint(digest, name.removeprefix("params."), array)
+
+  blank = {"fingerprint": "0" * 16}  # known when all has been written
+  with tensor_files.SafetensorsWriter(
+    folder / _WEIGHTS, arrays, blank
+  ) as writer:
+    writer.write_all(add)
+    found = digest.hexdigest()[:16]
+    writer.metadata["fingerprint"] = found
+  return found
 
 
 def load_model(path: PathLike) -> LoadedModel:
@@ -831,7 +852,9 @@ def load_model(path: PathLike) -> LoadedModel:
   """
   folder = pathlib.Path(path)
   if (folder / _WEIGHTS).is_file():
-    flat, stored = _read_weights(folder / _WEIGHTS)
+    arrays, metadata = tensor_files.read_safetensors(folder / _WEIGHTS)
+    flat = {name: array.load() for name, array in arrays.items()}
+    stored = metadata.get("fingerprint")
     assets_dir = folder
   elif (folder / "checkpoints").is_dir():
     flat, stored = _read_run(folder / "checkpoints"), None
@@ -853,19 +876,6 @@ def load_model(path: PathLike) -> LoadedModel:
       f" {found}, but were saved with {stored}"
     )
   return LoadedModel(config, variables, tables, str(assets_dir), found)
-
-
-def _read_weights(
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], str | None]:
-  """The arrays of a safetensors file and the fingerprint that it states."""
-  try:
-    with safetensors.safe_open(path, framework="numpy") as f:
-      stated = (f.metadata() or {}).get("fingerprint")
-      names = list(f.keys())
-      return {name: f.get_tensor(name) for name in names}, stated
-  except safetensors.SafetensorError as e:
-    raise UserError(f"{path} is damaged: {e}") from e
 
 
 def _read_run(directory: pathlib.Path) -> dict[str, np.ndarray]:

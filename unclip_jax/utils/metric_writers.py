@@ -22,15 +22,17 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import PIL.Image
-import tensorboardX
 from absl import logging
 
 from unclip_jax.utils import config as config_lib
+
+if TYPE_CHECKING:
+  import tensorboardX
 
 PathLike = str | os.PathLike[str]
 Array = jax.Array | np.ndarray
@@ -236,6 +238,9 @@ class TensorBoardXWriter(MetricWriter):
   def _writer(self) -> tensorboardX.SummaryWriter:
     # Opened at the first write, when it is known where the run resumes.
     if self._open is None:
+      # Here, because it imports torch where that is installed: seconds.
+      import tensorboardX
+
       self._open = tensorboardX.SummaryWriter(
         self._directory, purge_step=self._purge_step
       )
