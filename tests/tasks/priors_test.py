@@ -1,7 +1,6 @@
 """What the two priors share."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests import random_variables
@@ -25,18 +24,15 @@ def test_the_candidate_nearest_to_its_own_text_is_kept():
 
 
 def test_rows_are_captions_by_candidates_then_as_many_dropped_ones():
-  condition = {
-    "text_embed": np.asarray([1.0, 2.0]),
-    "text_mask": np.ones((2, 3), bool),
-  }
+  def encode(text_embed):
+    return text_embed * 10
 
-  def encode(text_embed, text_mask, text_drop):
-    return jnp.where(text_drop, -1.0, text_embed)
-
-  plain = priors.encode_rows(encode, condition, 1.0, 2)
-  np.testing.assert_array_equal(plain, [1, 1, 2, 2])
-  guided = priors.encode_rows(encode, condition, 3.0, 2)
-  np.testing.assert_array_equal(guided, [1, 1, 2, 2, -1, -1, -1, -1])
+  condition = {"text_embed": np.asarray([1.0, 2.0])}
+  null = {"text_embed": np.asarray([-1.0])}
+  plain = priors.encode_rows(encode, condition, None, 2)
+  np.testing.assert_array_equal(plain, [10, 10, 20, 20])
+  guided = priors.encode_rows(encode, condition, null, 2)
+  np.testing.assert_array_equal(guided, [10, 10, 20, 20, *[-10] * 4])
 
 
 def test_each_candidate_has_its_own_key():

@@ -76,18 +76,26 @@ def pool_last_valid(encodings: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def replace_dropped(
-  x: jax.Array, null: jax.Array, drop: jax.Array | None
+  x: jax.Array, null: jax.Array | None, drop: jax.Array | None
 ) -> jax.Array:
   """Puts `null` in place of the dropped rows of a batch.
 
   Args:
     x: [B, ...].
-    null: broadcasts to one row of `x`.
+    null: broadcasts to one row of `x`; None: there is none.
     drop: [B] bool, True = replaced, so that the gradient with respect to that
       row of `x` is exactly 0; None drops nothing.
+
+  Raises:
+    UserError: there is nothing to put in their place.
   """
   if drop is None:
     return x
+  if null is None:
+    raise errors.UserError(
+      "this network has no learned null text: give it the empty text in place "
+      "of text_drop, or set learned_null_text in the model's config"
+    )
   drop = drop.reshape((-1,) + (1,) * (x.ndim - 1))
   return jnp.where(drop, null.astype(x.dtype), x)
 
@@ -112,7 +120,7 @@ def text_states(
   text_drop: jax.Array | None,
   *,
   token_embed: nn.Embed | None,
-  null: jax.Array,
+  null: jax.Array | None,
   context_length: int,
 ) -> tuple[jax.Array, jax.Array]:
   """A prior's caption, before any projection or position.
@@ -122,7 +130,7 @@ def text_states(
     text_tokens: [B, L] int32, read where there is one.
     text_mask: [B, L] bool, True = real token; None: all are.
     text_drop: [B] bool, True = as if there were no text.
-    null: [D], what a dropped caption has at every position.
+    null: [D], what a dropped caption has at every position; None: nothing.
 
   Returns:
     States [B, L, D], and the mask [B, L] of what may be attended to.

@@ -46,6 +46,7 @@ class ResBlock(nn.Module):
     resample: "down" halves, "up" doubles height and width, in both branches.
     scale_shift_norm: the embedding scales and shifts the second norm ("AdaGN")
       instead of being added before it.
+    max_groups: of the norms.
     dropout: rate before the last convolution, when training.
     dtype: compute dtype.
   """
@@ -53,6 +54,7 @@ class ResBlock(nn.Module):
   out_channels: int
   resample: str | None = None
   scale_shift_norm: bool = True
+  max_groups: int = 32
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
 
@@ -61,7 +63,8 @@ class ResBlock(nn.Module):
     self, x: jax.Array, emb: jax.Array, *, train: bool = False
   ) -> jax.Array:
     """[B, H, W, C] and emb [B, D] -> [B, H', W', out_channels]."""
-    h = nn.silu(norms.GroupNorm(dtype=self.dtype, name="norm_1")(x))
+    norm = functools.partial(norms.GroupNorm, self.max_groups, dtype=self.dtype)
+    h = nn.silu(norm(name="norm_1")(x))
     if self.resample is not None:
       h = _RESAMPLERS[self.resample](h)
       x = _RESAMPLERS[self.resample](x)
@@ -72,7 +75,7 @@ class ResBlock(nn.Module):
       dtype=self.dtype,
       name="emb_proj",
     )(nn.silu(emb))[:, None, None]
-    norm_2 = norms.GroupNorm(dtype=self.dtype, name="norm_2")
+    norm_2 = norm(name="norm_2")
     if self.scale_shift_norm:
       scale, shift = jnp.split(emb, 2, axis=-1)
       h = norm_2(h) * (1 + scale) + shift

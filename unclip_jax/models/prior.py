@@ -15,7 +15,8 @@ vocab_size the text states are embeddings of the caption's tokens, and the
 causal transformer is the text encoder. Deviations: the projections that end a
 residual branch, and the output, start at zero; texts are dropped for guidance
 by learned null states (one row, for every position) and a learned null
-embedding, where Karlo encodes the empty text.
+embedding, or, without learned_null_text, by whoever calls: Karlo's is given
+the empty text.
 
 Sizes: unCLIP: width 2048, depth 24, 32 heads, context 256 (table 3, "text
 encoder"), with 1,225,927,680 parameters in Karlo's layout; Karlo: depth 20,
@@ -55,6 +56,7 @@ class Model(nn.Module):
     depth: number of blocks.
     num_heads: attention heads.
     vocab_size: text tokens are 0 to vocab_size - 1; None: text states come in.
+    learned_null_text: whether there are null states for `text_drop`.
     mlp_ratio: hidden width of the MLPs, in widths.
     dropout: rate in the residual branches, when training.
     remat: recompute each block in the backward pass instead of storing it.
@@ -68,6 +70,7 @@ class Model(nn.Module):
   depth: int
   num_heads: int
   vocab_size: int | None = None
+  learned_null_text: bool = True
   mlp_ratio: float = 4
   dropout: float = 0.0
   remat: bool = False
@@ -93,12 +96,14 @@ class Model(nn.Module):
       normal,
       (self.context_length + _NUM_EXTRA_POSITIONS, self.width),
     )
-    self.null_text_encodings = self.param(
-      "null_text_encodings", normal, (self.text_width or self.width,)
-    )
-    self.null_text_embed = self.param(
-      "null_text_embed", normal, (self.embed_dim,)
-    )
+    self.null_text_encodings = self.null_text_embed = None
+    if self.learned_null_text:
+      self.null_text_encodings = self.param(
+        "null_text_encodings", normal, (self.text_width or self.width,)
+      )
+      self.null_text_embed = self.param(
+        "null_text_embed", normal, (self.embed_dim,)
+      )
     self.block = [
       transformer.Block(
         self.width,

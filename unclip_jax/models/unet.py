@@ -5,12 +5,13 @@ Conditions, each optional (Ramesh et al. 2022, section 2.1):
 
   image_embed     projected and added to the timestep embedding; projected to a
                   few extra context tokens
-  text_encodings  the last valid state projected and added to the timestep
-                  embedding; all states projected, normalised, context tokens
+  text_encodings  the last valid state (or, with a text_embed_dim, text_embed)
+                  projected and added to the timestep embedding; all states
+                  projected, normalised, context tokens
   text_tokens     in their place, encoded by the network's own text encoder
                   (GLIDE, Nichol et al. 2021, section 4): the last state added,
                   all states context tokens as they are
-  low_res         a smaller picture, resized bilinearly, beside x_t's channels
+  low_res         a smaller picture, enlarged, beside x_t's channels
   known, is_known the known part of the picture and where it is, beside them too
                   (GLIDE's network for inpainting)
   x_start         as the network itself predicted it last, beside them too
@@ -22,7 +23,8 @@ picture, in one softmax. None of this depends on the timestep:
 
 Deviations from the sources: without attention_resolutions the middle has no
 attention either (as Karlo's upsamplers); dropped text_encodings become one
-learned row at every position, dropped text_tokens an empty caption. Without
+learned row at every position (Karlo's network, without learned_null_text, is
+given the empty text instead), dropped text_tokens an empty caption. Without
 attention the network is fully convolutional: it runs on any height and width
 that are multiples of patch_size * 2^(levels - 1). With patch_size > 1 the
 network sees squares of pixels as channels (Hoogeboom et al. 2023, "simple
@@ -73,7 +75,7 @@ class Unit(nn.Module):
     has_context: whether the attention takes a context.
     resample: None, "down" or "up".
     resblock_updown: resample in a ResBlock, not by a lone convolution.
-    scale_shift_norm, dropout, dtype: as in the ResBlock.
+    scale_shift_norm, max_groups, dropout, dtype: as in the ResBlock.
   """
 
   out_channels: int
@@ -82,6 +84,7 @@ class Unit(nn.Module):
   resample: str | None
   resblock_updown: bool
   scale_shift_norm: bool
+  max_groups: int
   dropout: float
   dtype: DTypeLike
 
@@ -95,11 +98,12 @@ class Unit(nn.Module):
         self.out_channels,
         resample=self.resample,
         scale_shift_norm=self.scale_shift_norm,
+        max_groups=self.max_groups,
         dropout=self.dropout,
         dtype=self.dtype,
       )
     if self.num_heads:
-      self.attn_norm = norms.GroupNorm(dtype=self.dtype)
+      self.attn_norm = norms.GroupNorm(self.max_groups, dtype=self.dtype)
       self.attn = attention.SelfAttention(
         self.out_channels,
         self.num_heads,
@@ -154,6 +158,10 @@ class Model(nn.Module):
     learned_null_image_embed: a dropped image_embed becomes a learned vector;
       False: zero. The paper allows both (section 2.1).
     text_width: size of the text states; None: not conditioned on them.
+    text_embed_dim: size of a text_embed that is added to the timestep embedding
+      in place of the last valid text state; None: that state.
+    learned_null_text: whether there is a null state for text_encodings that are
+      dropped.
     text_encoder: fields of layers.text_encoder.TextEncoder (vocab_size,
       context_length, width, depth, num_heads), which encodes text_tokens in
       place of text states; None: there is none.
@@ -164,6 +172,8 @@ class Model(nn.Module):
     patch_size: side of the squares of pixels that become one position.
     dropout: rate in the ResBlocks, when training.
     scale_shift_norm: see ResBlock.
+    max_groups: of the norms (layers.norms.num_groups).
+    low_res_resize: "bilinear" or "bicubic", how low_res is enlarged.
     resblock_updown: resample in ResBlocks, not by lone convolutions.
     remat: recompute each unit in the backward pass instead of storing it.
     dtype: compute dtype; parameters are float32.
@@ -180,6 +190,8 @@ class Model(nn.Module):
   num_image_embed_tokens: int = 4
   learned_null_image_embed: bool = True
   text_width: int | None = None
+  text_embed_dim: int | None = None
+  learned_null_text: bool = True
   text_encoder: Mapping[str, Any] | None = None
   context_width: int | None = None
   inpainting: bool = False
@@ -187,6 +199,8 @@ class Model(nn.Module):
   patch_size: int = 1
   dropout: float = 0.0
   scale_shift_norm: bool = True
+  max_groups: int = 32
+  low_res_resize: str = "bilinear"
   resblock_updown: bool = True
   remat: bool = False
   dtype: DTypeLike = jnp.float32
@@ -214,7 +228,7 @@ class Model(nn.Module):
       + ([self._unit(level, resample="up")] if level > 0 else [])
       for level in range(last + 1)
     ]
-    self.norm_out = norms.GroupNorm(dtype=self.dtype)
+    self.norm_out = norms.GroupNorm(self.max_groups, dtype=self.dtype)
     # Zero: a new network predicts 0.
     self.conv_out = resnet.conv3x3(
       self.out_channels * self.patch_size**2,
@@ -228,6 +242,7 @@ class Model(nn.Module):
     timesteps: jax.Array,
     *,
     image_embed: jax.Array | None = None,
+    text_embed: jax.Array | None = None,
     text_encodings: jax.Array | None = None,
     text_tokens: jax.Array | None = None,
     text_mask: jax.Array | None = None,
@@ -245,6 +260,7 @@ class Model(nn.Module):
       x_t: [B, H, W, C], noised.
       timesteps: [B] int32 of the full schedule, 0 = least noise.
       image_embed: [B, image_embed_dim].
+      text_embed: [B, text_embed_dim].
       text_encodings: [B, L, text_width].
       text_tokens: [B, L] int32.
       text_mask: [B, L] bool, True = real token; None: all are.
@@ -267,6 +283,7 @@ class Model(nn.Module):
     """
     condition = self.encode_condition(
       image_embed=image_embed,
+      text_embed=text_embed,
       text_encodings=text_encodings,
       text_tokens=text_tokens,
       text_mask=text_mask,
@@ -280,6 +297,7 @@ class Model(nn.Module):
     self,
     *,
     image_embed: jax.Array | None = None,
+    text_embed: jax.Array | None = None,
     text_encodings: jax.Array | None = None,
     text_tokens: jax.Array | None = None,
     text_mask: jax.Array | None = None,
@@ -288,6 +306,7 @@ class Model(nn.Module):
   ) -> Condition:
     """What `denoise` needs of the conditions; arguments as in `__call__`."""
     _check_condition("image_embed", image_embed, self.image_embed_dim)
+    _check_condition("text_embed", text_embed, self.text_embed_dim)
     _check_condition("text_encodings", text_encodings, self.text_width)
     _check_condition("text_tokens", text_tokens, self.text_encoder)
     embs, tokens, masks = [], [], []
@@ -314,8 +333,9 @@ class Model(nn.Module):
       text_encodings = embeddings.replace_dropped(
         text_encodings, self.null_text_encodings, text_drop
       )
-      pooled = embeddings.pool_last_valid(text_encodings, text_mask)
-      embs.append(self.text_time_proj(pooled))
+      if text_embed is None:
+        text_embed = embeddings.pool_last_valid(text_encodings, text_mask)
+      embs.append(self.text_time_proj(text_embed))
       if self.attention_resolutions:
         tokens.append(self.text_ln(self.text_tokens_proj(text_encodings)))
         masks.append(text_mask)
@@ -373,7 +393,7 @@ class Model(nn.Module):
     channels = [x_t]
     if low_res is not None:
       size = (B, H, W, low_res.shape[-1])
-      channels.append(jax.image.resize(low_res, size, "bilinear"))
+      channels.append(jax.image.resize(low_res, size, self.low_res_resize))
     if known is not None and not self.inpainting:
       raise errors.UserError(
         "this U-Net was not built for inpainting: do not pass known, or set "
@@ -463,6 +483,7 @@ class Model(nn.Module):
       resample=resample,
       resblock_updown=self.resblock_updown,
       scale_shift_norm=self.scale_shift_norm,
+      max_groups=self.max_groups,
       dropout=self.dropout,
       dtype=self.dtype,
     )
@@ -500,9 +521,11 @@ class Model(nn.Module):
         self.num_image_embed_tokens * context_width, dtype=self.dtype
       )
     if self.text_width is not None:
-      self.null_text_encodings = self.param(
-        "null_text_encodings", normal, (self.text_width,)
-      )
+      self.null_text_encodings = None
+      if self.learned_null_text:
+        self.null_text_encodings = self.param(
+          "null_text_encodings", normal, (self.text_width,)
+        )
       self.text_time_proj = linear.Dense(time_width, dtype=self.dtype)
       self.text_tokens_proj = linear.Dense(context_width, dtype=self.dtype)
       self.text_ln = norms.LayerNorm(dtype=self.dtype)
@@ -521,6 +544,13 @@ class Model(nn.Module):
       raise errors.UserError(
         "a U-Net with a text_encoder of its own takes no text states, and its "
         "context is as wide as that: leave out text_width and context_width"
+      )
+    if self.text_embed_dim is not None and (
+      self.text_width is None or self.learned_null_text
+    ):
+      raise errors.UserError(
+        "a U-Net takes a text_embed beside text states whose null is that of "
+        "the empty text: set text_width, and learned_null_text to False"
       )
 
 

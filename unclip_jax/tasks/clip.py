@@ -188,15 +188,62 @@ def _cut(
 
 
 def caption(
-  batch: base.Batch, text_encodings: jax.Array, as_tokens: bool
+  clip: Any,
+  clip_variables: base.Variables,
+  batch: base.Batch,
+  *,
+  drop: jax.Array | None = None,
+  learned_null: bool = True,
+  as_tokens: bool = False,
 ) -> dict[str, jax.Array]:
-  """A network's text: its tokens, or the CLIP's states of them."""
+  """A network's text, as if there were none in the rows of `drop`.
+
+  Args:
+    clip: the task that encodes it.
+    batch: has text_tokens and text_mask [B, L].
+    drop: [B] bool; None: no row.
+    learned_null: the network puts its own null in place of what is dropped;
+      else the empty caption is encoded there.
+    as_tokens: tokens in place of the CLIP's states of them.
+
+  Returns:
+    `text_embed` [B, D], not normalised; `text_tokens` or `text_encodings`, and
+    `text_mask`; `text_drop`, where the network has to heed it.
+  """
+  if drop is not None and not learned_null:
+    batch = _with_empty_captions(batch, drop)
+  text_embed, text_encodings = clip.encode_text(
+    clip_variables, batch["text_tokens"], batch["text_mask"]
+  )
+  text = {"text_embed": text_embed}
   if as_tokens:
-    return {k: batch[k] for k in ("text_tokens", "text_mask")}
-  L = text_encodings.shape[1]
+    text |= {k: batch[k] for k in ("text_tokens", "text_mask")}
+  else:
+    L = text_encodings.shape[1]
+    text |= {
+      "text_encodings": text_encodings,
+      "text_mask": batch["text_mask"][:, :L],
+    }
+  if drop is not None and learned_null:
+    text["text_drop"] = drop
+  return text
+
+
+def _with_empty_captions(
+  batch: base.Batch, drop: jax.Array
+) -> dict[str, jax.Array]:
+  """Nothing between begin and end of text, in the rows of `drop` [B]."""
+  text_tokens, text_mask = batch["text_tokens"], batch["text_mask"]
+  position = jnp.arange(text_mask.shape[1])
+  end = jnp.sum(text_mask, axis=1, keepdims=True) - 1
+  end_token = jnp.take_along_axis(text_tokens, end, axis=1)
+  empty = jnp.where(position == 0, text_tokens, 0)
+  empty = jnp.where(position == 1, end_token, empty)
+  drop = drop[:, None]
   return {
-    "text_encodings": text_encodings,
-    "text_mask": batch["text_mask"][:, :L],
+    **batch,
+    "text_tokens": jnp.where(drop, empty, text_tokens),
+    "text_mask": jnp.where(drop, position < 2, text_mask),
   }
 
 

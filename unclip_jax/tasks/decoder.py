@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion import process as process_lib
 from unclip_jax.diffusion import samplers
-from unclip_jax.tasks import base, prior_diffusion
+from unclip_jax.tasks import base, prior_diffusion, priors
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import embedding_space, errors
 
@@ -76,8 +76,13 @@ class Task:
     self, rng: jax.Array, batch: base.Batch, frozen: base.Frozen
   ) -> base.Variables:
     timesteps = jnp.zeros(batch["image"].shape[:1], jnp.int32)
-    condition = self._condition(frozen, batch)
-    return self.model.init(rng, batch["image"], timesteps, **condition)
+    return self.model.init(
+      rng,
+      batch["image"],
+      timesteps,
+      image_embed=self._image_embed(frozen, batch),
+      **self._text(frozen, batch),
+    )
 
   def prepare(
     self, frozen: base.Frozen, batches: Iterable[base.Batch]
@@ -90,28 +95,35 @@ class Task:
       of=self.condition_on,
     )
 
-  def _condition(
-    self, frozen: base.Frozen, batch: base.Batch
-  ) -> dict[str, jax.Array]:
-    """The network's conditioning; `image_embed` is taken from the batch if
-    it is there, else from the CLIP."""
+  def _image_embed(self, frozen: base.Frozen, batch: base.Batch) -> jax.Array:
+    """Encoded; taken from the batch if it is there, else from the CLIP."""
     clip = self.upstream["clip"]
-    text_embed, text_encodings = clip.encode_text(
-      frozen["clip"], batch["text_tokens"], batch["text_mask"]
-    )
     image_embed = batch.get("image_embed")
     if image_embed is None and self.condition_on == "text_embed":
-      image_embed = text_embed
+      image_embed, _ = clip.encode_text(
+        frozen["clip"], batch["text_tokens"], batch["text_mask"]
+      )
     elif image_embed is None:
       image_embed = clip.encode_image(frozen["clip"], batch["clip_image"])
-    return {
-      "image_embed": embedding_space.encode(
-        frozen["embedding_space"], image_embed
-      ),
-      **clip_task.caption(
-        batch, text_encodings, self.model.text_encoder is not None
-      ),
-    }
+    return embedding_space.encode(frozen["embedding_space"], image_embed)
+
+  def _text(
+    self,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    drop: jax.Array | None = None,
+  ) -> dict[str, jax.Array]:
+    text = clip_task.caption(
+      self.upstream["clip"],
+      frozen["clip"],
+      batch,
+      drop=drop,
+      learned_null=self.model.learned_null_text,
+      as_tokens=self.model.text_encoder is not None,
+    )
+    if self.model.text_embed_dim is None:
+      del text["text_embed"]
+    return text
 
   def loss(
     self,
@@ -128,20 +140,20 @@ class Task:
       jax.random.split(rng, 5)
     )
     x_start = batch["image"]
-    condition = self._condition(frozen, batch)
+    condition = {"image_embed": self._image_embed(frozen, batch)}
+    text_drop = None
     if train:
       rows = x_start.shape[:1]
       condition["image_embed_drop"] = jax.random.bernoulli(
         image_rng, self.image_embed_drop_prob, rows
       )
-      condition["text_drop"] = jax.random.bernoulli(
-        text_rng, self.text_drop_prob, rows
-      )
+      text_drop = jax.random.bernoulli(text_rng, self.text_drop_prob, rows)
       if self.model.inpainting:
         condition["known"] = x_start
         condition["is_known"] = draw_is_known(
           known_rng, x_start.shape, self.known_prob
         )
+    condition |= self._text(frozen, batch, text_drop)
 
     def denoise(
       x_t: jax.Array, timesteps: jax.Array, x_start: jax.Array | None = None
@@ -197,14 +209,13 @@ class Task:
       is_known: [B, S, S, 1] bool.
       **options: of diffusion.process.Process.sample.
     """
-    condition = self._condition(frozen, batch)
-    B = condition["image_embed"].shape[0]
+    B = len(batch["text_tokens"])
     kept = [(use_image_embed, use_text)]
     if text_guidance_scale is not None:
       kept += [(use_image_embed, False), (False, False)]
     elif guidance_scale != 1.0:
       kept += [(False, False)]
-    encoded = self._encode(variables, condition, kept)
+    encoded = self._encode(variables, frozen, batch, kept)
     shown = {}
     if known is not None and self.model.inpainting:
       shown = {"known": known, "is_known": is_known}
@@ -242,8 +253,7 @@ class Task:
     half of the picture's bipartite latent, beside z_i). Other options are
     those of diffusion.process.Process.invert.
     """
-    condition = self._condition(frozen, batch)
-    encoded = self._encode(variables, condition, [(True, use_text)])
+    encoded = self._encode(variables, frozen, batch, [(True, use_text)])
     return self.diffusion.invert(
       self._denoise_fn(variables, encoded),
       batch["image"],
@@ -279,30 +289,32 @@ class Task:
   def _encode(
     self,
     variables: base.Variables,
-    condition: dict[str, jax.Array],
+    frozen: base.Frozen,
+    batch: base.Batch,
     kept: Sequence[tuple[bool, bool]],
   ) -> base.PyTree:
     """`encode_condition` of B rows for every (image embedding, text) kept.
 
     Where neither is kept all rows are equal: one is computed and repeated.
     """
-    B = condition["image_embed"].shape[0]
+    image_embed = self._image_embed(frozen, batch)
+    B = len(image_embed)
     parts = []
     for image_embed_kept, text_kept in kept:
-      rows = condition
-      if not (image_embed_kept or text_kept):
-        rows = jax.tree.map(lambda x: x[:1], condition)
-      drop = jnp.ones(rows["image_embed"].shape[:1], bool)
+      rows = B if image_embed_kept or text_kept else 1
+      if text_kept:
+        text = self._text(frozen, batch)
+      else:
+        first = priors.first_row(batch)
+        text = _to_rows(rows, self._text(frozen, first, jnp.ones(1, bool)))
       encoded = self.model.apply(
         variables,
-        **rows,
-        image_embed_drop=drop & (not image_embed_kept),
-        text_drop=drop & (not text_kept),
+        image_embed=image_embed[:rows],
+        image_embed_drop=jnp.full(rows, not image_embed_kept),
+        **text,
         method=self.model.encode_condition,
       )
-      parts.append(
-        jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), encoded)
-      )
+      parts.append(_to_rows(B, encoded))
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
@@ -315,6 +327,11 @@ class Task:
       return self.sample(variables, frozen, batch, rng, **self.sample_options)
 
     return {"loss": base.loss_predict_fn(self), "sample": sample}
+
+
+def _to_rows(rows: int, tree: base.PyTree) -> base.PyTree:
+  """Arrays [1, ...] or [rows, ...] as [rows, ...]."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), tree)
 
 
 def draw_is_known(

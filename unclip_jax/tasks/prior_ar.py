@@ -94,12 +94,16 @@ class Task:
     }
 
   def _condition(
-    self, frozen: base.Frozen, batch: base.Batch
+    self,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    drop: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
     return priors.condition(
       self.upstream["clip"],
       frozen["clip"],
       batch,
+      drop=drop,
       as_tokens=self.model.vocab_size is not None,
     )
 
@@ -187,10 +191,14 @@ class Task:
     dot_rng, code_rng = process_lib.split(
       priors.candidate_rngs(rng, num_candidates)
     )
+    null = None
+    if guidance_scale != 1.0:
+      drop = jnp.ones(1, bool)
+      null = self._condition(frozen, priors.first_row(batch), drop)
     text = priors.encode_rows(
       functools.partial(apply, method=self.model.encode_text),
       condition,
-      guidance_scale,
+      null,
       num_candidates,
     )
     dot_bucket = self._draw_dot_bucket(dot_rng, rows, dot_quantile)

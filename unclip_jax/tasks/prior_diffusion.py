@@ -33,6 +33,8 @@ class Task:
   Attributes:
     process: fields of diffusion.process.Process.
     embedding_space: kind of standardisation (utils.embedding_space).
+    normalize_text_embed: whether z_t is scaled to the norm of a standard normal
+      vector; False: it enters as the CLIP gives it (Karlo).
     text_drop_prob: share of captions dropped in training, which makes
       classifier-free guidance possible; 0.1 in the paper.
     sample_options: defaults of `sample`.
@@ -42,6 +44,7 @@ class Task:
   upstream: Mapping[str, Any]
   process: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   embedding_space: str = "mean_std"
+  normalize_text_embed: bool = True
   text_drop_prob: float = 0.1
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -70,12 +73,18 @@ class Task:
     )
 
   def _condition(
-    self, frozen: base.Frozen, batch: base.Batch
+    self,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    drop: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
     return priors.condition(
       self.upstream["clip"],
       frozen["clip"],
       batch,
+      normalize=self.normalize_text_embed,
+      drop=drop,
+      learned_null=self.model.learned_null_text,
       as_tokens=self.model.vocab_size is not None,
     )
 
@@ -95,11 +104,12 @@ class Task:
       frozen["clip"], batch["clip_image"]
     )
     x_start = embedding_space.encode(frozen["embedding_space"], image_embed)
-    condition = self._condition(frozen, batch)
+    drop = None
     if train:
-      condition["text_drop"] = jax.random.bernoulli(
+      drop = jax.random.bernoulli(
         drop_rng, self.text_drop_prob, x_start.shape[:1]
       )
+    condition = self._condition(frozen, batch, drop)
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       model_output, _ = self.model.apply(
@@ -147,9 +157,11 @@ class Task:
     prefill = functools.partial(
       self.model.apply, variables, method=self.model.prefill
     )
-    cache = priors.encode_rows(
-      prefill, condition, guidance_scale, num_candidates
-    )
+    null = None
+    if guidance_scale != 1.0:
+      drop = jnp.ones(1, bool)
+      null = self._condition(frozen, priors.first_row(batch), drop)
+    cache = priors.encode_rows(prefill, condition, null, num_candidates)
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       return self.model.apply(

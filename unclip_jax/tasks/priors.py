@@ -22,21 +22,26 @@ def condition(
   clip_variables: base.Variables,
   batch: base.Batch,
   *,
-  as_tokens: bool = False,
+  normalize: bool = True,
+  **options: Any,
 ) -> dict[str, jax.Array]:
-  """z_t scaled to the norm of a standard normal vector, and the caption.
+  """z_t and the caption.
 
   Args:
-    as_tokens: the caption's tokens in place of the CLIP's states of them.
+    normalize: z_t is scaled to the norm of a standard normal vector; False: it
+      is as the CLIP gives it.
+    **options: of tasks.clip.caption.
   """
-  text_embed, text_encodings = clip.encode_text(
-    clip_variables, batch["text_tokens"], batch["text_mask"]
-  )
-  scale = text_embed.shape[-1] ** 0.5
-  return {
-    "text_embed": clip_task.normalize(text_embed) * scale,
-    **clip_task.caption(batch, text_encodings, as_tokens),
-  }
+  text = clip_task.caption(clip, clip_variables, batch, **options)
+  if normalize:
+    scale = text["text_embed"].shape[-1] ** 0.5
+    text["text_embed"] = clip_task.normalize(text["text_embed"]) * scale
+  return text
+
+
+def first_row(batch: base.Batch) -> dict[str, jax.Array]:
+  """The first example's text, whose dropped form is every other one's."""
+  return {k: batch[k][:1] for k in ("text_tokens", "text_mask")}
 
 
 def candidate_rngs(
@@ -52,7 +57,7 @@ def candidate_rngs(
 def encode_rows(
   encode: Callable[..., base.PyTree],
   condition: dict[str, jax.Array],
-  guidance_scale: float,
+  null: dict[str, jax.Array] | None,
   num_candidates: int,
 ) -> base.PyTree:
   """What the network keeps of the texts, for [B * n] rows; guided [2 * B * n].
@@ -61,21 +66,19 @@ def encode_rows(
   the same for every row.
 
   Args:
-    encode: takes the fields of `condition` and `text_drop`.
+    encode: takes the fields of `condition`.
+    condition: of B captions.
+    null: of one dropped caption; None: no guidance.
   """
-
-  def encode_text(rows: dict[str, jax.Array], drop: bool) -> base.PyTree:
-    return encode(**rows, text_drop=jnp.full(rows["text_mask"].shape[:1], drop))
-
   rows = jax.tree.map(
-    lambda x: jnp.repeat(x, num_candidates, axis=0),
-    encode_text(condition, False),
+    lambda x: jnp.repeat(x, num_candidates, axis=0), encode(**condition)
   )
-  if guidance_scale == 1.0:
+  if null is None:
     return rows
-  null = encode_text(jax.tree.map(lambda x: x[:1], condition), True)
   return jax.tree.map(
-    lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]), rows, null
+    lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]),
+    rows,
+    encode(**null),
   )
 
 

@@ -1,9 +1,12 @@
 """The upsamplers: P(x | low_res) (Ramesh et al. 2022, sections 2.1, App. C).
 
 A U-Net without attention and without text sees the noised picture and the
-bilinearly enlarged small one (Saharia et al. 2021, SR3). It is trained on
-crops of the target with a corrupted `low_res` (data/degradations.py) and,
-being fully convolutional, draws whole pictures.
+enlarged small one (Saharia et al. 2021, SR3). It is trained on crops of the
+target with a corrupted `low_res` (data/degradations.py) and, being fully
+convolutional, draws whole pictures.
+
+Karlo's draws the last step with other weights, tuned against a discriminator.
+They are the collection `last`, which training leaves as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion import process as process_lib
+from unclip_jax.diffusion import schedules
 from unclip_jax.tasks import base
 
 
@@ -29,6 +33,7 @@ class Task:
   Attributes:
     process: fields of diffusion.process.Process.
     scale: factor between `low_res` and `image`; 4 in the paper.
+    separate_last_step: whether the last step of sampling has its own weights.
     sample_options: defaults of `sample`.
   """
 
@@ -36,6 +41,7 @@ class Task:
   upstream: Mapping[str, Any]
   process: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   scale: int = 4
+  separate_last_step: bool = False
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
@@ -49,9 +55,12 @@ class Task:
   ) -> base.Variables:
     del frozen
     timesteps = jnp.zeros(batch["image"].shape[:1], jnp.int32)
-    return self.model.init(
+    variables = self.model.init(
       rng, batch["image"], timesteps, low_res=batch["low_res"]
     )
+    if self.separate_last_step:
+      variables["last"] = jax.tree.map(jnp.copy, variables["params"])
+    return variables
 
   def prepare(
     self, frozen: base.Frozen, batches: Iterable[base.Batch]
@@ -72,9 +81,11 @@ class Task:
     del frozen, step
     diffusion_rng, dropout_rng = jax.random.split(rng)
 
+    params, model_state = _split(variables)
+
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       model_output, _ = self.model.apply(
-        variables,
+        params,
         x_t,
         timesteps,
         low_res=batch["low_res"],
@@ -86,7 +97,7 @@ class Task:
     losses = self.diffusion.loss(
       denoise_fn, batch["image"], diffusion_rng, batch.get("timesteps")
     )
-    return base.LossOutput(losses.pop("loss"), losses, {})
+    return base.LossOutput(losses.pop("loss"), losses, model_state)
 
   def sample(
     self,
@@ -97,6 +108,7 @@ class Task:
     *,
     num_sample_steps: int = 27,
     sampler: str = "ddim",
+    step_placement: str = "uniform",
     tile_size: int | None = None,
     **options: Any,
   ) -> dict[str, jax.Array]:
@@ -110,27 +122,41 @@ class Task:
     """
     low_res = batch["low_res"]
     B, h, w, C = low_res.shape
+    params, others = _split(variables)
     # Without attention nothing but the picture conditions the network, so the
     # context is empty and only the enlargement is independent of the timestep.
-    condition = self.model.apply(variables, method=self.model.encode_condition)
+    condition = self.model.apply(params, method=self.model.encode_condition)
+    last_timestep = schedules.step_placement(
+      self.diffusion.num_timesteps, num_sample_steps, step_placement
+    )[0]
 
     def denoise(
       x_t: jax.Array, timesteps: jax.Array, low_res: jax.Array
     ) -> jax.Array:
-      return self.model.apply(
-        variables,
-        x_t,
-        timesteps,
-        condition,
-        low_res=low_res,
-        method=self.model.denoise,
+      def run(params: base.PyTree) -> jax.Array:
+        return self.model.apply(
+          {"params": params},
+          x_t,
+          timesteps,
+          condition,
+          low_res=low_res,
+          method=self.model.denoise,
+        )
+
+      if "last" not in others:
+        return run(params["params"])
+      return jax.lax.cond(
+        timesteps[0] == last_timestep,
+        lambda: run(others["last"]),
+        lambda: run(params["params"]),
       )
 
     shape = (B, self.scale * h, self.scale * w, C)
+    # Once, and not at every step: what has its size already stays as it is.
+    enlarged = jax.image.resize(low_res, shape, self.model.low_res_resize)
     if tile_size is None or tile_size >= max(shape[1:3]):
-      denoise_fn = functools.partial(_on_whole, denoise, low_res)
+      denoise_fn = functools.partial(_on_whole, denoise, enlarged)
     else:
-      enlarged = jax.image.resize(low_res, shape, "bilinear")
       denoise_fn = functools.partial(_tiled, denoise, enlarged, tile_size)
     x_0 = self.diffusion.sample(
       denoise_fn,
@@ -138,6 +164,7 @@ class Task:
       rng,
       sampler=sampler,
       num_sample_steps=num_sample_steps,
+      step_placement=step_placement,
       x_start_mse=frozen.get("x_start_mse"),
       **options,
     )
@@ -153,6 +180,14 @@ class Task:
       return self.sample(variables, frozen, batch, rng, **self.sample_options)
 
     return {"loss": base.loss_predict_fn(self), "sample": sample}
+
+
+def _split(
+  variables: base.Variables,
+) -> tuple[base.Variables, dict[str, base.PyTree]]:
+  """What the network is applied to, and the other collections."""
+  others = dict(variables)
+  return {"params": others.pop("params")}, others
 
 
 # (x_t, timesteps, low_res) -> the network's output

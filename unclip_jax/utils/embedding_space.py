@@ -7,6 +7,7 @@ and stored in every prior and decoder checkpoint, covers the usual choices:
   mean_std     (z - mean) / std per dimension, as Karlo (kakaobrain, 2022)
   unit_sqrt_d  z / |z| * sqrt(D), as DALLE2-pytorch
   scaled       z / |z| * scale; 17.2 in the unCLIP paper, for its own CLIP
+  raw          z as it is: Karlo's decoder
 
 A table is a plain dict of arrays, so that it is saved, sharded and passed to
 jitted functions like any other: `mean` [D], `std` [D], `is_unit` [] bool
@@ -18,7 +19,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-KINDS = ("mean_std", "unit_sqrt_d", "scaled")
+KINDS = ("mean_std", "unit_sqrt_d", "scaled", "raw")
 Table = dict[str, jax.Array]
 
 
@@ -41,6 +42,8 @@ def fit(kind: str, image_embeds: jax.Array, scale: float = 17.2) -> Table:
     return dict(
       mean=image_embeds.mean(axis=0), std=std, is_unit=jnp.asarray(False)
     )
+  if kind == "raw":
+    return dict(mean=zeros, std=ones, is_unit=jnp.asarray(False))
   if kind == "unit_sqrt_d":
     return dict(mean=zeros, std=ones / D**0.5, is_unit=jnp.asarray(True))
   if kind == "scaled":
