@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every manipulation of `unclip edit`, on pictures that the model itself drew.
+# Every manipulation of `unclip edit`, on three emoji.
 #
 #   launch/manipulations.sh [MODEL [OUT]]
 #
@@ -12,19 +12,29 @@ out=${2:-runs/quickstart/manipulations}
 steps=100
 
 unclip() { python -m unclip_jax "$@"; }
-unclip sample --model "$model" --out "$out/given" \
-  --prompt "frog" --prompt "red apple" --prompt "tiger face"
-frog=$out/given/00000.png apple=$out/given/00001.png
-tiger=$out/given/00002.png
-python - "$out/mask.png" <<'PYTHON'
+mkdir -p "$out"
+python - "$model" "$out" "frog" "red apple" "tiger face" <<'PYTHON'
+import pathlib
 import sys
 
 from PIL import Image
 
+from unclip_jax.pipelines import UnCLIPPipeline, to_pil
+
+model, out, *captions = sys.argv[1:]
+out = pathlib.Path(out)
+data = UnCLIPPipeline.from_pretrained(model).data()
+for batch in data.eval_batches("train", 16):
+  for image, index in zip(batch["image"], batch["index"]):
+    name = data.example_info(int(index), "train")["name"]
+    if name in captions:
+      to_pil(image / 2 + 0.5).save(out / f"{name.replace(' ', '_')}.png")
+
 mask = Image.new("L", (64, 64), 0)
 mask.paste(255, (0, 32, 64, 64))  # the lower half is drawn anew
-mask.save(sys.argv[1])
+mask.save(out / "mask.png")
 PYTHON
+frog=$out/frog.png apple=$out/red_apple.png tiger=$out/tiger_face.png
 
 edit() {
   local verb=$1
@@ -43,4 +53,6 @@ edit typographic_attack --image "$apple" --prompt "frog" \
 edit three_decodings --prompt "frog" --prompt "red apple" --prompt "tiger face"
 edit image_to_image --image "$frog" --prompt "red apple"
 edit inpaint --image "$frog" --mask "$out/mask.png" --prompt "frog"
+edit inpaint --image "$frog" --mask "$out/mask.png" --prompt "frog" \
+  --num_resamples 5 --out "$out/inpaint_by_resampling.png"
 edit outpaint --image "$tiger" --prompt "tiger face" --padding 32

@@ -45,8 +45,11 @@ ALLOWED["inference"] = {
   *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils")
 }
 ALLOWED["interop"] = ALLOWED["inference"] | {"inference", "tensor_files"}
-ALLOWED["manipulations"] = {"data", "metrics", "utils"}
-ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
+ALLOWED["manipulations"] = {"data", "metrics", "tensor_files", "utils"}
+ALLOWED["pipelines"] = {
+  *ALLOWED["inference"],
+  *("inference", "manipulations", "tensor_files"),
+}
 
 # Each may import anything; nobody imports them.
 PROGRAMS = {

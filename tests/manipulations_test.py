@@ -181,8 +181,21 @@ def test_a_decoder_of_text_embeddings_needs_no_prior(pipe):
   np.testing.assert_array_equal(output.image_embeds, z_t)
   assert list(output.options) == ["decoder", "upsampler_64"]
   assert "prior" not in alone.predict_fns()
-  with pytest.raises(errors.UserError, match="lacks its part 'prior'"):
-    pipelines.UnCLIPPipeline({k: pipe.parts[k] for k in ("clip", "decoder")})
+
+
+def test_without_a_prior_pictures_are_varied_and_prompts_refused(pipe):
+  parts = {k: v for k, v in pipe.parts.items() if k != "prior"}
+  alone = pipelines.UnCLIPPipeline(parts)
+  given = [picture(0)]
+  both = [
+    arrays(x.variations(*given, num_images=2, decoder_steps=2))
+    for x in (pipe, alone)
+  ]
+  assert both[0].shape == both[1].shape
+  with pytest.raises(errors.UserError, match="has no prior"):
+    alone("a ring")
+  with pytest.raises(errors.UserError, match="lacks its part 'decoder'"):
+    pipelines.UnCLIPPipeline({"clip": pipe.parts["clip"]})
 
 
 def test_inpainting_keeps_what_is_known_bit_for_bit(pipe):

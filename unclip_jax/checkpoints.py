@@ -842,18 +842,24 @@ def save_arrays(
   return found
 
 
-def load_model(path: PathLike) -> LoadedModel:
+def load_model(
+  path: PathLike, *, weights_dtype: Any = None, lazy: bool = False
+) -> LoadedModel:
   """Loads a model folder, or the newest step of a run's workdir.
 
   Of a run, the averaged parameters are taken where there are any.
+
+  Args:
+    weights_dtype: of the floating-point variables; None: as they are stored.
+    lazy: variables of a model folder are `LazyArray`s, whose bytes nobody has
+      compared with the fingerprint.
 
   Raises:
     UserError: the folder holds neither, or what it holds is damaged.
   """
   folder = pathlib.Path(path)
   if (folder / _WEIGHTS).is_file():
-    arrays, metadata = tensor_files.read_safetensors(folder / _WEIGHTS)
-    flat = {name: array.load() for name, array in arrays.items()}
+    flat, metadata = tensor_files.read_safetensors(folder / _WEIGHTS)
     stored = metadata.get("fingerprint")
     assets_dir = folder
   elif (folder / "checkpoints").is_dir():
@@ -865,17 +871,30 @@ def load_model(path: PathLike) -> LoadedModel:
       " checkpoints/ (a run)"
     )
   config = load_config(folder)
-  variables = trees.unflatten(flat)
-  tables = variables.pop("tables", {})
-  if "params" not in variables:
+  if not any(name.startswith("params.") for name in flat):
     raise UserError(f"the model in {path} has no parameters")
-  found = fingerprint(variables)
-  if stored not in (None, found):
-    raise UserError(
-      f"{folder / _WEIGHTS} is damaged: its parameters have the fingerprint"
-      f" {found}, but were saved with {stored}"
-    )
-  return LoadedModel(config, variables, tables, str(assets_dir), found)
+  if stored is None or not lazy:
+    flat = tensor_files.loaded(flat)
+    params = trees.unflatten(flat)["params"]
+    found = fingerprint({"params": params})
+    if stored not in (None, found):
+      raise UserError(
+        f"{folder / _WEIGHTS} is damaged: its parameters have the fingerprint"
+        f" {found}, but were saved with {stored}"
+      )
+    stored = found
+  tables = {k: v for k, v in flat.items() if k.startswith("tables.")}
+  variables = {k: v for k, v in flat.items() if k not in tables}
+  if weights_dtype is not None:
+    dtype = jnp.dtype(weights_dtype)
+    variables = {
+      k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+      for k, v in variables.items()
+    }
+  tables = trees.unflatten(tensor_files.loaded(tables)).get("tables", {})
+  return LoadedModel(
+    config, trees.unflatten(variables), tables, str(assets_dir), stored
+  )
 
 
 def _read_run(directory: pathlib.Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from unclip_jax import checkpoints, upstream
@@ -29,20 +30,36 @@ class Loaded(NamedTuple):
 
 
 def load(
-  path: str, *, upstream_models: Mapping[str, Loaded] | None = None
+  path: str,
+  *,
+  upstream_models: Mapping[str, Loaded] | None = None,
+  weights_dtype: str | None = None,
+  compute_dtype: str | None = None,
+  lazy: bool = False,
 ) -> Loaded:
   """Loads a run folder or one part of a released model.
 
   Args:
     upstream_models: models already in memory that serve as this one's
       upstream; the others are read from where its config says.
+    weights_dtype: "float32" or "bfloat16", of the variables; None: as they are
+      stored.
+    compute_dtype: the same, of the network's work; None: its config's.
+    lazy: leave the variables in the file (`tensor_files.loaded` reads them).
 
   Raises:
     UserError: no such folder, or an upstream model with other weights than
       those that this model was trained with.
   """
-  loaded = checkpoints.load_model(path)
-  wanted = loaded.config.get("frozen", {})
+  loaded = checkpoints.load_model(path, weights_dtype=weights_dtype, lazy=lazy)
+  config = loaded.config.copy_and_resolve_references()
+  if compute_dtype is not None:
+    with config.unlocked():
+      config.model.dtype = compute_dtype
+  variables = loaded.variables
+  if not lazy:
+    variables = jax.device_put(variables)  # once, and not at every call
+  wanted = config.get("frozen", {})
   given = {k: v for k, v in (upstream_models or {}).items() if k in wanted}
   models: dict[str, Any] = {}
   for name in wanted:
@@ -54,12 +71,12 @@ def load(
     else:
       models.update(upstream.load({name: wanted[name]}, beside=path))
   task = tasks_base.build(
-    loaded.config, {name: model.task for name, model in models.items()}
+    config, {name: model.task for name, model in models.items()}
   )
   frozen = {name: model.variables for name, model in models.items()}
   return Loaded(
     task,
-    loaded.variables,
+    variables,
     {**frozen, **loaded.tables},
     loaded.config,
     loaded.assets_dir,

@@ -12,6 +12,7 @@ the square around the middle is taken. They come out in the pipeline's size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unclip_jax import tensor_files
 from unclip_jax.data import preprocess
 from unclip_jax.metrics import pictures
 from unclip_jax.utils import errors
@@ -123,7 +125,7 @@ def encode(
 
   key = ("invert", prompts is not None, steps, num_refinements)
   run = pipe.jitted(key, invert)
-  x_T = run(decoder.variables, decoder.frozen, batch)
+  x_T = run(*tensor_files.loaded((decoder.variables, decoder.frozen)), batch)
   return Latents(batch["image_embed"], np.asarray(x_T))
 
 
@@ -377,8 +379,10 @@ def typographic_attack(
   pen.text((x, y), word, "black", font)
   z_i = _image_embed(pipe, [picture])
   text_embed = _unit(_text_embed(pipe, labels))
-  clip = pipe.parts["clip"]
-  logit_scale = np.exp(np.asarray(clip.variables["params"]["logit_scale"]))
+  params = pipe.parts["clip"].variables["params"]
+  # Weights that come without it are of a CLIP that reached the bound.
+  log_scale = params.get("logit_scale", math.log(100))
+  logit_scale = np.exp(np.asarray(tensor_files.loaded(log_scale)))
   logits = logit_scale * (_unit(z_i) @ text_embed.T)[0]
   weights = np.exp(logits - logits.max())
   output = decode(pipe, z_i.repeat(num_images, axis=0), seed=seed)

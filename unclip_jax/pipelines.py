@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import __version__, checkpoints, inference, manipulations
+from unclip_jax import (
+  __version__,
+  checkpoints,
+  inference,
+  manipulations,
+  tensor_files,
+)
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import preprocess, tokenizers
 from unclip_jax.tasks import base as tasks_base
@@ -41,7 +47,8 @@ class UnCLIPPipeline:
   Attributes:
     parts: `clip`, `prior`, `decoder`, then `upsampler_SIZE` from small to
       large, each an `inference.Loaded`. A decoder that was trained on text
-      embeddings (tasks.decoder) stands without a prior.
+      embeddings (tasks.decoder) stands without a prior; another one without a
+      prior draws from pictures only (`variations`).
   """
 
   def __init__(self, parts: Mapping[str, inference.Loaded]):
@@ -51,29 +58,38 @@ class UnCLIPPipeline:
     Raises:
       UserError: a part is missing, or there is a prior that nothing reads.
     """
-    decoder = parts.get("decoder")
-    reads_text = decoder and decoder.task.condition_on == "text_embed"
-    if reads_text and "prior" in parts:
-      raise errors.UserError(
-        "this decoder was trained on text embeddings: leave out the prior"
-      )
-    for name in (
-      ("clip", "decoder") if reads_text else ("clip", "prior", "decoder")
-    ):
+    for name in ("clip", "decoder"):
       if name not in parts:
         raise errors.UserError(
           f"the pipeline lacks its part '{name}': train it, and put its run "
           "folder beside those of the others"
         )
     self.parts = dict(parts)
+    if self._reads_text and "prior" in parts:
+      raise errors.UserError(
+        "this decoder was trained on text embeddings: leave out the prior"
+      )
     tokenizer = os.path.join(parts["clip"].assets_dir or "", "tokenizer.model")
     self.tokenizer = tokenizers.SentencePieceTokenizer(tokenizer)
     self._jitted: dict[Any, Callable[..., Any]] = {}
     self._on_step: Callable[[int], None] = lambda num_steps: None
 
   @classmethod
-  def from_parts(cls, folders: Mapping[str, str]) -> UnCLIPPipeline:
+  def from_parts(
+    cls,
+    folders: Mapping[str, str],
+    *,
+    weights_dtype: str | None = None,
+    compute_dtype: str | None = None,
+    offload: bool = False,
+  ) -> UnCLIPPipeline:
     """Loads each part from a run folder or from a part of a model folder.
+
+    Args:
+      weights_dtype, compute_dtype: "float32" or "bfloat16", of the weights in
+        memory and of the work done with them; None: as each part was saved.
+      offload: the weights of a stage are in memory only while it draws; for
+        parts of a model folder, and machines that cannot hold all of them.
 
     Raises:
       UserError: a folder is missing, or a prior or decoder was trained with
@@ -81,12 +97,21 @@ class UnCLIPPipeline:
     """
     parts: dict[str, inference.Loaded] = {}
     for name, folder in folders.items():
-      parts[name] = inference.load(folder, upstream_models=parts)
+      parts[name] = inference.load(
+        folder,
+        upstream_models=parts,
+        weights_dtype=weights_dtype,
+        compute_dtype=compute_dtype,
+        lazy=offload,
+      )
     return cls(parts)
 
   @classmethod
-  def from_pretrained(cls, folder: str) -> UnCLIPPipeline:
-    """Loads a model folder that `save_pretrained` wrote.
+  def from_pretrained(cls, folder: str, **options: Any) -> UnCLIPPipeline:
+    """Loads a model folder that `save_pretrained` or `unclip convert` wrote.
+
+    Args:
+      **options: of `from_parts`.
 
     Raises:
       UserError: there is no model in the folder.
@@ -99,7 +124,8 @@ class UnCLIPPipeline:
       )
     with open(path, encoding="utf-8") as f:
       names = json.load(f)["parts"]
-    return cls.from_parts({name: os.path.join(folder, name) for name in names})
+    folders = {name: os.path.join(folder, name) for name in names}
+    return cls.from_parts(folders, **options)
 
   def save_pretrained(self, folder: str) -> None:
     """Writes `model_index.json` and a folder for each part (safetensors)."""
@@ -116,18 +142,17 @@ class UnCLIPPipeline:
         tables,
         _assets(part.assets_dir),
       )
-    index = {
-      "_class_name": "UnCLIPPipeline",
-      "_unclip_jax_version": __version__,
-      "parts": list(self.parts),
-    }
-    with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
-      json.dump(index, f, indent=2)
+    write_index(folder, self.parts)
 
   @property
   def _stages(self) -> list[str]:
     """What draws, in its order: the prior, the decoder, the upsamplers."""
     return [name for name in self.parts if name != "clip"]
+
+  @property
+  def _reads_text(self) -> bool:
+    """Whether the decoder takes the text embedding where others take z_i."""
+    return self.parts["decoder"].task.condition_on == "text_embed"
 
   @property
   def upsamplers(self) -> list[str]:
@@ -176,14 +201,16 @@ class UnCLIPPipeline:
     encode = self.jitted(
       "encode_image", lambda: jax.jit(clip.task.encode_image)
     )
-    return np.asarray(encode(clip.variables, images))
+    return np.asarray(encode(tensor_files.loaded(clip.variables), images))
 
   def encode_text(self, text: Mapping[str, np.ndarray]) -> np.ndarray:
     """`text_embed` [N, D] of what `tokenize` returned."""
     clip = self.parts["clip"]
     encode = self.jitted("encode_text", lambda: jax.jit(clip.task.encode_text))
     text_embed, _ = encode(
-      clip.variables, text["text_tokens"], text["text_mask"]
+      tensor_files.loaded(clip.variables),
+      text["text_tokens"],
+      text["text_mask"],
     )
     return np.asarray(text_embed)
 
@@ -236,8 +263,8 @@ class UnCLIPPipeline:
     with progress.Progress(f"variance of {name}", num_batches) as bar:
       table = tasks_base.fit_x_start_mse(
         part.task,
-        part.variables,
-        part.frozen,
+        tensor_files.loaded(part.variables),
+        tensor_files.loaded(part.frozen),
         _counted(itertools.islice(batches, num_batches), bar),
         jax.random.key(seed),
       )
@@ -388,25 +415,36 @@ class UnCLIPPipeline:
       `images` are float32 [N, H, W, 3] in [0, 1].
     """
     arrays = arrays or {}
-    if "prior" not in self.parts and "image_embed" not in batch:
+    if "prior" not in options and "image_embed" not in batch:
+      if not self._reads_text:
+        raise errors.UserError(
+          "this model has no prior, so it draws no prompts: give it pictures "
+          "(variations, interpolate, ...), or add the prior to its folder"
+        )
       batch = {**batch, "image_embed": self.encode_text(batch)}
     N = len(batch["text_tokens"])
     indices = np.arange(N) if indices is None else indices
     options = {name: self.options(name, options[name]) for name in options}
     batch_size = min(batch_size, N)
-    seconds = dict.fromkeys(options, 0.0)
-    images, image_embeds = [], []
-    for first in range(0, N, batch_size):
-      # The last batch is filled up with rows that are thrown away, so that
-      # nothing compiles a second time.
-      rows = np.minimum(np.arange(first, first + batch_size), N - 1)
-      inputs: dict[str, Any] = {k: v[rows] for k, v in batch.items()}
-      keys = _keys(jax.random.key(seed), jnp.asarray(indices[rows]))
-      for name in options:
-        start = time.monotonic()
+    seconds = {}
+    # The last batch is filled up with rows that are thrown away, so that
+    # nothing compiles a second time.
+    batches = [
+      np.minimum(np.arange(first, first + batch_size), N - 1)
+      for first in range(0, N, batch_size)
+    ]
+    inputs: list[dict[str, Any]] = [
+      {k: v[rows] for k, v in batch.items()} for rows in batches
+    ]
+    for name in options:
+      start = time.monotonic()
+      weights = self._weights(name)
+      for i, rows in enumerate(batches):
+        keys = _keys(jax.random.key(seed), jnp.asarray(indices[rows]))
         output = self._run(
           name,
-          inputs,
+          weights,
+          inputs[i],
           _fold_all(keys, self._stages.index(name)),
           options[name],
           {
@@ -415,20 +453,22 @@ class UnCLIPPipeline:
           },
           callback,
         )
-        output = jax.block_until_ready(output)
-        seconds[name] += time.monotonic() - start
         if name == "prior":
-          inputs["image_embed"] = output["image_embed"]
+          inputs[i]["image_embed"] = np.asarray(output["image_embed"])
         else:
-          inputs["low_res"] = output["image"]
-      images.append(np.asarray(inputs["low_res"]) / 2 + 0.5)
-      image_embeds.append(np.asarray(inputs["image_embed"]))
+          inputs[i]["low_res"] = np.asarray(output["image"])
+      seconds[name] = time.monotonic() - start
     return PipelineOutput(
-      np.concatenate(images)[:N],
-      np.concatenate(image_embeds)[:N],
+      np.concatenate([x["low_res"] for x in inputs])[:N] / 2 + 0.5,
+      np.concatenate([x["image_embed"] for x in inputs])[:N],
       options,
       seconds,
     )
+
+  def _weights(self, name: str) -> tuple[Any, Any]:
+    """Variables and frozen variables of a part, in memory."""
+    part = self.parts[name]
+    return jax.device_put(tensor_files.loaded((part.variables, part.frozen)))
 
   def _noise_rows(
     self, noise: Mapping[str, jax.Array] | None, name: str, rows: np.ndarray
@@ -472,6 +512,7 @@ class UnCLIPPipeline:
   def _run(
     self,
     name: str,
+    weights: tuple[Any, Any],
     batch: Mapping[str, Any],
     keys: jax.Array,
     static: Mapping[str, Any],
@@ -509,7 +550,7 @@ class UnCLIPPipeline:
       "decoder": ("text_tokens", "text_mask", "image_embed"),
     }.get(name, ("low_res",))
     inputs = {k: batch[k] for k in names}
-    return run(part.variables, part.frozen, inputs, keys, arrays)
+    return run(*weights, inputs, keys, arrays)
 
   def predict_fns(self, seed: int = 0) -> dict[str, Predict]:
     """What evaluators may ask of the whole pipeline, by name.
@@ -520,6 +561,7 @@ class UnCLIPPipeline:
     """
     clip = self.parts["clip"]
     embed = jax.jit(clip.task.predict_fns()["embed"])
+    variables, _ = self._weights("clip")
     key = jax.random.key(seed)
     stages: dict[str, dict[str, Any]] = {name: {} for name in self._stages}
 
@@ -529,7 +571,7 @@ class UnCLIPPipeline:
         "text_tokens": batch["text_tokens"],
         "text_mask": batch["text_mask"],
       }
-      return jax.device_get(embed(clip.variables, clip.frozen, inputs, key))
+      return jax.device_get(embed(variables, clip.frozen, inputs, key))
 
     def text_to_image(batch: Arrays) -> Arrays:
       text = {k: batch[k] for k in ("text_tokens", "text_mask")}
@@ -551,13 +593,25 @@ class UnCLIPPipeline:
     """The prior's draw for each row, by the row's own key."""
     prior = self.parts["prior"]
     sample = jax.jit(prior.task.predict_fns()["sample"])
+    weights = self._weights("prior")
 
     def predict(batch: Arrays) -> Arrays:
       inputs = {k: batch[k] for k in ("clip_image", "text_tokens", "text_mask")}
       keys = _keys(key, jnp.asarray(batch["index"]))
-      return jax.device_get(sample(prior.variables, prior.frozen, inputs, keys))
+      return jax.device_get(sample(*weights, inputs, keys))
 
     return predict
+
+
+def write_index(folder: str, parts: Iterable[str]) -> None:
+  """Writes `model_index.json`: the folder's parts, in their order."""
+  index = {
+    "_class_name": "UnCLIPPipeline",
+    "_unclip_jax_version": __version__,
+    "parts": list(parts),
+  }
+  with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
+    json.dump(index, f, indent=2)
 
 
 def _counted(

@@ -8,6 +8,7 @@ nothing but tensors in them (`weights_only`).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -42,16 +44,30 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class LazyArray(NamedTuple):
-  """An array that is not in memory yet."""
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+  """An array that is not in memory yet; a leaf of trees."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
   load: Callable[[], np.ndarray]
 
+  def astype(self, dtype: np.dtype) -> LazyArray:
+    """The same, as another type once it is loaded."""
+    return LazyArray(self.shape, dtype, lambda: self.load().astype(dtype))
+
+
+def loaded(tree: Any) -> Any:
+  """A tree whose lazy arrays are in memory."""
+  return jax.tree.map(
+    lambda x: x.load() if isinstance(x, LazyArray) else x, tree
+  )
+
 
 def lazy(array: Any) -> LazyArray:
-  """An array that is in memory, on any device."""
+  """An array that is in memory, on any device, or is lazy already."""
+  if isinstance(array, LazyArray):
+    return array
   return LazyArray(
     tuple(np.shape(array)), np.dtype(array.dtype), lambda: np.asarray(array)
   )
