@@ -118,6 +118,11 @@ class Task:
     self, variables: base.Variables, outputs: dict[str, jax.Array]
   ) -> base.LossOutput:
     params = variables["params"]
+    if "logit_scale" not in params:
+      raise errors.UserError(
+        "this CLIP has no logit_scale, and is not to be trained: set"
+        " config.model.logit_scale_init"
+      )
     # Radford et al., section 2.5: the scale is kept at or below 100.
     logit_scale = jnp.exp(
       jnp.minimum(params["logit_scale"], math.log(self.max_logit_scale))
