@@ -315,11 +315,7 @@ class Model(nn.Module):
     Raises:
       UserError: there is no vision tower, or pictures of another size.
     """
-    if self.vision_width is None:
-      raise errors.UserError(
-        "this CLIP has no vision tower: convert it again with one, unclip "
-        "convert --from karlo --image_encoder DIR, or use texts alone"
-      )
+    self.check_vision()
     return self.vision(image, train=train)
 
   def encode_text(
@@ -335,3 +331,11 @@ class Model(nn.Module):
         "this CLIP has no text tower: convert a folder that holds both"
       )
     return self.text(text_tokens, text_mask, train=train)
+
+  def check_vision(self) -> None:
+    """Raises UserError where there is no vision tower."""
+    if self.vision_width is None:
+      raise errors.UserError(
+        "this CLIP has no vision tower: convert it again with one (unclip "
+        "convert --from karlo --image_encoder DIR), or use texts alone"
+      )

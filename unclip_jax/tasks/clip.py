@@ -51,6 +51,16 @@ class Task:
     del frozen, batches
     return {}
 
+  @property
+  def image_size(self) -> int:
+    """Pixels of a side of the pictures that `encode_image` takes.
+
+    Raises:
+      UserError: there is no vision tower.
+    """
+    self.model.check_vision()
+    return self.model.image_size
+
   def encode_image(
     self, variables: base.Variables, image: jax.Array
   ) -> jax.Array:
