@@ -211,7 +211,7 @@ def sheet(
   blank = Image.new("RGB", (size, size), "white")
   tiles = []
   for row in (given, drawn):
-    row = [preprocess.resized(preprocess.square(x), size) for x in row]
+    row = [preprocess.square(x, size) for x in row]
     tiles += row + [blank] * (-len(row) % columns)
   array = np.stack([np.asarray(x, np.float32) for x in tiles]) / 127.5 - 1
   grid = pictures.make_grid(array, columns)

@@ -12,7 +12,6 @@ the square around the middle is taken. They come out in the pipeline's size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -366,8 +365,7 @@ def typographic_attack(
   Args:
     labels: captions between which the CLIP decides.
   """
-  picture = preprocess.square(_to_pil(image))
-  picture = preprocess.resized(picture, pipe.image_size)
+  picture = preprocess.square(_to_pil(image), pipe.image_size)
   pen = ImageDraw.Draw(picture)
   font = ImageFont.load_default(max(8, pipe.image_size // 5))
   left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
@@ -379,10 +377,11 @@ def typographic_attack(
   pen.text((x, y), word, "black", font)
   z_i = _image_embed(pipe, [picture])
   text_embed = _unit(_text_embed(pipe, labels))
-  params = pipe.parts["clip"].variables["params"]
-  # Weights that come without it are of a CLIP that reached the bound.
-  log_scale = params.get("logit_scale", math.log(100))
-  logit_scale = np.exp(np.asarray(tensor_files.loaded(log_scale)))
+  clip = pipe.parts["clip"]
+  # Karlo's CLIP comes without its scale; OpenAI's ended at the largest one.
+  largest = np.log(clip.task.max_logit_scale)
+  logit_scale = clip.variables["params"].get("logit_scale", largest)
+  logit_scale = np.exp(np.asarray(tensor_files.loaded(logit_scale)))
   logits = logit_scale * (_unit(z_i) @ text_embed.T)[0]
   weights = np.exp(logits - logits.max())
   output = decode(pipe, z_i.repeat(num_images, axis=0), seed=seed)
@@ -485,7 +484,7 @@ def inpaint(
     )
   size = pipe.image_size
   known = _arrays([picture], size)
-  reduced = preprocess.resized(preprocess.square(mask_picture), size)
+  reduced = preprocess.square(mask_picture, size)
   is_known = np.asarray(reduced)[None, :, :, None] == 0
   if is_known.all():
     raise errors.UserError("the mask is black: nothing is to be drawn anew")
@@ -530,7 +529,7 @@ def outpaint(
     raise errors.UserError(f"the padding {padding} must not be negative")
   left, top, right, bottom = padding
   size = pipe.image_size
-  square = preprocess.resized(preprocess.square(_to_pil(image)), size)
+  square = preprocess.square(_to_pil(image), size)
   canvas = Image.new("RGB", (left + size + right, top + size + bottom), "white")
   canvas.paste(square, (left, top))
   is_drawn = np.zeros((canvas.height, canvas.width), bool)
@@ -603,13 +602,8 @@ def _to_pil(image: Picture) -> Image.Image:
 
 def _arrays(images: Sequence[Picture], size: int) -> np.ndarray:
   """float32 [N, size, size, 3] in [-1, 1]."""
-  squares = [preprocess.square(_to_pil(x).convert("RGB")) for x in images]
-  return np.stack(
-    [
-      preprocess.to_float(np.asarray(preprocess.resized(picture, size)))
-      for picture in squares
-    ]
-  )
+  squares = [preprocess.square(_to_pil(x).convert("RGB"), size) for x in images]
+  return np.stack([preprocess.to_float(np.asarray(x)) for x in squares])
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -617,7 +611,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _image_embed(pipe: UnCLIPPipeline, images: Sequence[Picture]) -> np.ndarray:
-  size = pipe.parts["clip"].task.model.image_size
+  size = pipe.parts["clip"].task.image_size
   return pipe.encode_image(_arrays(images, size))
 
 

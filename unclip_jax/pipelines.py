@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from unclip_jax import (
@@ -69,8 +70,7 @@ class UnCLIPPipeline:
       raise errors.UserError(
         "this decoder was trained on text embeddings: leave out the prior"
       )
-    tokenizer = os.path.join(parts["clip"].assets_dir or "", "tokenizer.model")
-    self.tokenizer = tokenizers.SentencePieceTokenizer(tokenizer)
+    self.tokenizer = tokenizers.load(parts["clip"].assets_dir or "")
     self._jitted: dict[Any, Callable[..., Any]] = {}
     self._on_step: Callable[[int], None] = lambda num_steps: None
 
@@ -173,9 +173,13 @@ class UnCLIPPipeline:
     return sizes
 
   def data(self) -> data_pipeline.DataPipeline:
-    """What the decoder was trained on, with pictures of the final size."""
+    """What the decoder was trained on, with pictures of the final size.
+
+    Raises:
+      UserError: the decoder was converted, and names no data.
+    """
     part = self.parts["decoder"]
-    config = part.config.data.copy_and_resolve_references()
+    config = _data_config(part, "decoder").copy_and_resolve_references()
     with config.unlocked():
       config.preprocess.image_size = self.image_size
       config.source.image_size = max(config.source.image_size, self.image_size)
@@ -186,11 +190,16 @@ class UnCLIPPipeline:
     )
 
   def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """`text_tokens` [B, L] int32 and `text_mask` [B, L] bool."""
+    """`text_tokens` [B, L] int32 and `text_mask` [B, L] bool.
+
+    L is what the prior takes, or the CLIP where there is no prior, or the
+    decoder's own text encoder, if that takes more.
+    """
+    reader = "prior" if "prior" in self.parts else "clip"
+    encoder = self.parts["decoder"].task.model.text_encoder or {}
     length = max(
-      self.parts[name].config.data.preprocess.context_length
-      for name in ("clip", "prior", "decoder")
-      if name in self.parts
+      self.parts[reader].task.model.context_length,
+      encoder.get("context_length", 0),
     )
     text_tokens, text_mask = self.tokenizer.encode(list(captions), length)
     return {"text_tokens": text_tokens, "text_mask": text_mask}
@@ -239,7 +248,8 @@ class UnCLIPPipeline:
     keeps it.
 
     Raises:
-      UserError: the stage has no diffusion process, or learns its variance.
+      UserError: the stage has no diffusion process, learns its variance, or
+        was converted and names no data.
     """
     part = self.parts.get(name)
     if not hasattr(getattr(part, "task", None), "diffusion"):
@@ -253,7 +263,7 @@ class UnCLIPPipeline:
       )
     config = part.config.copy_and_resolve_references()
     data = data_pipeline.DataPipeline.from_config(
-      config.data,
+      _data_config(part, name),
       seed=config.seed,
       assets_dir=self.parts["clip"].assets_dir,
     )
@@ -612,6 +622,18 @@ def write_index(folder: str, parts: Iterable[str]) -> None:
   }
   with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
     json.dump(index, f, indent=2)
+
+
+def _data_config(
+  part: inference.Loaded, name: str
+) -> ml_collections.ConfigDict:
+  """The `config.data` that a part was trained with."""
+  if "data" not in part.config:
+    raise errors.UserError(
+      f"this model's {name} was converted, and does not say what it was trained"
+      " on: fine-tune it on data of yours first"
+    )
+  return part.config.data
 
 
 def _counted(

@@ -7,7 +7,13 @@ import pytest
 from PIL import Image
 
 from unclip_jax.data import degradations
-from unclip_jax.data.preprocess import Preprocess, decode, to_float
+from unclip_jax.data.preprocess import (
+  Preprocess,
+  decode,
+  reduced_square,
+  square,
+  to_float,
+)
 from unclip_jax.data.source import Record
 from unclip_jax.utils.errors import UserError
 
@@ -208,7 +214,73 @@ def test_oblong_and_transparent_pictures():
   record = Record(_encode(pixels), "x", "x", "x", ("x",), True)
   image = Preprocess(image_size=8).resize(record)["image"]
   assert image.shape == (8, 8, 3)
-  assert (image == 255).all()  # transparent black is white
+  # Transparent black is white; the filter sees beyond the cut.
+  assert (image[:, 2:-2] == 255).all() and image[:, 0].min() < 255
+
+
+def _random_picture(width: int, height: int) -> Image.Image:
+  rng = np.random.default_rng((width, height))
+  return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+  "sides",
+  [
+    (64, 64), (37, 37), (24, 24), (5, 5), (100, 64), (64, 101), (25, 24),
+    (24, 27), (383, 24), (7, 100), (1, 16), (3, 2),
+  ],
+)  # fmt: skip
+def test_pictures_are_those_of_transformers(sides):
+  transformers = pytest.importorskip("transformers")
+  picture = _random_picture(*sides)
+  for size in (24, 7):
+    processor = transformers.CLIPImageProcessorPil(
+      size={"shortest_edge": size},
+      crop_size={"height": size, "width": size},
+      do_rescale=False,
+      do_normalize=False,
+    )
+    expected = processor(picture)["pixel_values"][0].transpose(1, 2, 0)
+    assert expected.dtype == np.uint8
+    np.testing.assert_array_equal(square(picture, size), expected)
+
+
+def test_square_pictures_are_resized_and_nothing_else():
+  picture = _random_picture(50, 50)
+  expected = picture.resize((24, 24), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(square(picture, 24), expected)
+  np.testing.assert_array_equal(reduced_square(picture, 48, 24), expected)
+  np.testing.assert_array_equal(square(picture, 50), picture)
+
+
+@pytest.mark.parametrize("sides", [(88, 64), (64, 119), (640, 400), (70, 30)])
+def test_low_res_of_an_oblong_picture_shows_what_the_picture_shows(sides):
+  """A ramp along the longer side: its values tell the place."""
+  width, height = sides
+  ramp = np.broadcast_to(
+    np.linspace(0, 255, max(sides))[:: 1 if width > height else -1],
+    (min(sides), max(sides)),
+  )
+  ramp = ramp if width > height else ramp.T
+  picture = Image.fromarray(np.stack([ramp] * 3, -1).astype(np.uint8))
+  image = np.asarray(square(picture, 64), float)
+  blocks = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
+  low_res = np.asarray(reduced_square(picture, 64, 16), float)
+  inner = np.s_[2:-2, 2:-2]  # the filter sees beyond the border
+  np.testing.assert_allclose(low_res[inner], blocks[inner], atol=1)
+  record = Record(_encode(np.asarray(picture)), "x", "x", "x", ("x",), True)
+  pictures = Preprocess(image_size=64, low_res_size=16).resize(record)
+  np.testing.assert_array_equal(pictures["image"], image)
+  np.testing.assert_array_equal(pictures["low_res"], low_res)
+
+
+def test_of_a_long_strip_the_middle_is_taken():
+  strip = np.zeros((1, 10_001, 3), np.uint8)
+  strip[:, 5000] = 255
+  for pixels in (strip, strip.transpose(1, 0, 2)):
+    middle = np.asarray(square(Image.fromarray(pixels), 512))
+    assert middle.shape == (512, 512, 3)
+    assert (middle[0, 0] == 0).all() and (middle[-1, -1] == 255).all()
 
 
 def test_damaged_pictures_are_one_line():

@@ -171,6 +171,60 @@ def test_bfloat16_is_close_to_float32(image, variables):
     assert 0 < error < 0.03 * np.linalg.norm(exact[name])
 
 
+def test_one_tower_alone_is_that_of_the_whole(image, variables):
+  whole, _ = jax.jit(MODEL.apply)(variables, image, TOKENS, MASK)
+  for missing, kept in (("vision", "text"), ("text", "vision")):
+    model = dataclasses.replace(
+      MODEL, **{f"{missing}_width": None}, logit_scale_init=None
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image, TOKENS, MASK)
+    assert set(shapes["params"]) == {kept}
+    params = {kept: variables["params"][kept]}
+    output, _ = jax.jit(model.apply)({"params": params}, image, TOKENS, MASK)
+    (name,) = output
+    np.testing.assert_allclose(output[name], whole[name], rtol=1e-5, atol=1e-6)
+  text_only = dataclasses.replace(MODEL, vision_width=None)
+  with pytest.raises(errors.UserError, match="--image_encoder"):
+    text_only.apply(variables, image, method=text_only.encode_image)
+  vision_only = dataclasses.replace(MODEL, text_width=None)
+  with pytest.raises(errors.UserError, match="no text tower"):
+    vision_only.apply(variables, TOKENS, MASK, method=vision_only.encode_text)
+
+
+def test_pictures_are_standardised_by_mean_and_std(image, variables):
+  mean, std = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.3, 0.25])
+  model = dataclasses.replace(
+    MODEL, image_mean=tuple(mean.tolist()), image_std=tuple(std.tolist())
+  )
+
+  def encode(model, image):
+    return model.apply(variables, image, method=model.encode_image)[0]
+
+  np.testing.assert_allclose(
+    encode(model, image),
+    encode(MODEL, ((image + 1) / 2 - mean) / std),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  with pytest.raises(errors.UserError, match="go together"):
+    encode(dataclasses.replace(MODEL, image_std=(1.0,) * 3), image)
+
+
+def test_mlp_of_the_vision_tower_alone(image):
+  # Widths of ViT-bigG/14: their quotient is no binary fraction.
+  model = dataclasses.replace(
+    MODEL, vision_width=1664, vision_num_heads=16, vision_mlp_ratio=8192 / 1664
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0), image, TOKENS, MASK)[
+    "params"
+  ]
+  hidden = {
+    tower: params[tower]["block_0"]["mlp"]["dense_1"]["kernel"].shape[1]
+    for tower in ("vision", "text")
+  }
+  assert hidden == {"vision": 8192, "text": 64}
+
+
 def test_user_mistakes(image):
   with pytest.raises(errors.UserError, match="not a multiple of its patch"):
     jax.eval_shape(

@@ -35,7 +35,6 @@ from unclip_jax.data.source import Record
 from unclip_jax.utils import progress as progress_lib
 from unclip_jax.utils.errors import UserError
 
-TOKENIZER_FILE = "tokenizer.model"
 VOCAB_SIZE = 1024
 _PART = ".part-"
 # What _quiet_tfds switches belongs to the process: one thread at a time.
@@ -105,7 +104,7 @@ class Source:
 
   def tokenizer_path(self) -> str:
     """The tokenizer trained on all captions; prepares the dataset at need."""
-    return os.path.join(self.prepare(), TOKENIZER_FILE)
+    return os.path.join(self.prepare(), tokenizers.SENTENCEPIECE_FILE)
 
   def prepare(self) -> str:
     """Rasterises and stores the dataset unless it is there.
@@ -143,7 +142,7 @@ class Source:
       tokenizers.train(
         [caption for entry in entries for caption in entry.captions],
         VOCAB_SIZE,
-        os.path.join(builder.data_path, TOKENIZER_FILE),
+        os.path.join(builder.data_path, tokenizers.SENTENCEPIECE_FILE),
       )
       os.makedirs(os.path.dirname(folder), exist_ok=True)
       os.rename(builder.data_path, folder)

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
-TOKENIZER_FILE = "tokenizer.model"
-
 # Decoded pictures are kept in memory up to this size: without, small datasets
 # would have the same PNGs decoded in every epoch.
 _CACHE_BYTES = 256 * 2**20
@@ -54,7 +52,7 @@ class DataPipeline:
     source: the pictures.
     preprocess: how an example is made of one.
     seed: of the order and the augmentations.
-    tokenizer_path: SentencePiece model; None: the source's own.
+    tokenizer_path: what `tokenizers.load` takes; None: the source's own.
     num_threads: threads that prepare batches; the result does not depend on
       it.
     prefetch: batches that may be ready ahead.
@@ -83,9 +81,6 @@ class DataPipeline:
     Raises:
       UserError: an unknown field, module, or no tokenizer in `assets_dir`.
     """
-    path = config_data.get("tokenizer")
-    if assets_dir is not None:
-      path = f"{assets_dir}/{TOKENIZER_FILE}"
     module = config_lib.import_module(config_data["source_name"])
     source = config_lib.construct(
       module.Source, config_data.get("source"), where="config.data.source"
@@ -101,13 +96,13 @@ class DataPipeline:
         stored,
         preprocess.image_size,
       )
+    path = assets_dir or config_data.get("tokenizer")
     return cls(source, preprocess, seed, path)
 
   @functools.cached_property
-  def tokenizer(self) -> tokenizers.SentencePieceTokenizer:
+  def tokenizer(self) -> tokenizers.Tokenizer:
     """The tokenizer in use."""
-    path = self.tokenizer_path or self.source.tokenizer_path()
-    return tokenizers.SentencePieceTokenizer(path)
+    return tokenizers.load(self.tokenizer_path or self.source.tokenizer_path())
 
   def num_examples(self, split: str) -> int:
     """The number of records in a split."""
@@ -206,7 +201,7 @@ class DataPipeline:
 
   def assets(self) -> dict[str, str]:
     """Name -> path of the files that must be stored with a model."""
-    return {TOKENIZER_FILE: self.tokenizer.path}
+    return self.tokenizer.assets()
 
   def example_info(self, index: int, split: str) -> dict[str, Any]:
     """code_point, name, group and captions of a position, for reports."""

@@ -19,6 +19,7 @@ from unclip_jax.utils.errors import UserError
 
 # Pillow itself only warns below 179 megapixels, which is a gigabyte decoded.
 _MAX_PIXELS = 16_000_000
+_MAX_ASPECT = 16
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -116,7 +117,8 @@ class Preprocess:
   def resize(self, record: Record) -> dict[str, np.ndarray]:
     """The part that is the same in every epoch: decoded and resized pictures.
 
-    Of an oblong picture the square around its middle is taken.
+    Of an oblong picture the middle is taken, see `square`; `low_res` shows what
+    `image` shows.
 
     Returns:
       image, clip_image, low_res (those that there are), uint8 [S, S, 3].
@@ -124,11 +126,15 @@ class Preprocess:
     Raises:
       UserError: the picture cannot be decoded.
     """
-    picture = square(decode(record.image, name=record.code_point))
-    return {
-      name: np.asarray(resized(picture, size))
-      for name, size in self._sizes().items()
-    }
+    picture = decode(record.image, name=record.code_point)
+    sizes = self._sizes()
+    low_res_size = sizes.pop("low_res", None)
+    pictures = {name: square(picture, size) for name, size in sizes.items()}
+    if low_res_size is not None:
+      pictures["low_res"] = reduced_square(
+        picture, self.image_size, low_res_size
+      )
+    return {name: np.asarray(x) for name, x in pictures.items()}
 
   def train_example(
     self,
@@ -242,14 +248,54 @@ def decode(encoded: bytes, *, name: str) -> Image.Image:
   return picture.convert("RGB")
 
 
-def square(picture: Image.Image) -> Image.Image:
-  """The largest square around the middle."""
-  side = min(picture.size)
-  left, top = (picture.width - side) // 2, (picture.height - side) // 2
-  return picture.crop((left, top, left + side, top + side))
+def square(picture: Image.Image, size: int) -> Image.Image:
+  """The middle of a picture, as CLIP sees it: [size, size].
+
+  The shorter side is resized to `size`, the longer in proportion (rounded
+  down), and as much is cut off at both its ends (one pixel less at the first,
+  if that is odd). Pixel for pixel transformers' CLIPImageProcessorPil (its
+  other backend, torchvision's, rounds the resized pixels otherwise), but of a
+  strip longer than 16 times its width, of which the middle is taken first.
+  """
+  picture = _no_strip(picture)
+  width, height = _enlarged(picture.size, size)
+  if picture.size != (width, height):
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+  left, top = (width - size) // 2, (height - size) // 2
+  return picture.crop((left, top, left + size, top + size))
 
 
-def resized(picture: Image.Image, size: int) -> Image.Image:
-  if picture.size == (size, size):
-    return picture
-  return picture.resize((size, size), Image.Resampling.BICUBIC)
+def reduced_square(
+  picture: Image.Image, size: int, small_size: int
+) -> Image.Image:
+  """The same part as `square(picture, size)`, in [small_size, small_size].
+
+  `square(picture, small_size)` is another part, by up to a pixel, since sides
+  and cuts are whole pixels.
+  """
+  picture = _no_strip(picture)
+  width, height = _enlarged(picture.size, size)
+  left, top = (width - size) // 2, (height - size) // 2
+  # In pixels of `picture`; of a square one exactly the whole.
+  xs = [x * picture.width / width for x in (left, left + size)]
+  ys = [y * picture.height / height for y in (top, top + size)]
+  return picture.resize(
+    (small_size, small_size),
+    Image.Resampling.BICUBIC,
+    box=(xs[0], ys[0], xs[1], ys[1]),
+  )
+
+
+def _enlarged(sides: tuple[int, int], size: int) -> tuple[int, int]:
+  """Both sides, so scaled that the shorter is `size`."""
+  short = min(sides)
+  return tuple(int(size * side / short) for side in sides)
+
+
+def _no_strip(picture: Image.Image) -> Image.Image:
+  """A strip without its ends: its enlarged whole would fill the memory."""
+  width, height = picture.size
+  width = min(width, _MAX_ASPECT * height)
+  height = min(height, _MAX_ASPECT * width)
+  left, top = (picture.width - width) // 2, (picture.height - height) // 2
+  return picture.crop((left, top, left + width, top + height))

@@ -103,7 +103,7 @@ class Source:
       self.data_dir or source.default_data_dir(),
       "synthetic",
       digest,
-      "tokenizer.model",
+      tokenizers.SENTENCEPIECE_FILE,
     )
     if not os.path.isfile(path):
       tokenizers.train(captions, _VOCAB_SIZE, path)

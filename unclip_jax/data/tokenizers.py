@@ -1,11 +1,17 @@
-"""Text <-> token ids with SentencePiece.
+"""Text <-> token ids: SentencePiece, and the byte-pair encoding of CLIP.
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) with byte
-fallback, so that every text, emoji included, has tokens. Text is normalised
-by NFKC and case folding: "A Frog" and "a frog" are the same prompt.
+Both are byte-pair encodings (Sennrich et al. 2016, arXiv 1508.07909) in which
+every text, emoji included, has tokens, and to both "A Frog" and "a frog" are
+the same prompt. Which one a folder holds, its files tell (`load`).
 
+SentencePiece is what is trained here: byte fallback, NFKC and case folding.
 Ids: 0 padding, 1 unknown (never seen, for the byte fallback), 2 begin of
 sequence, 3 end of sequence.
+
+CLIP's (Radford et al. 2021, section 2.4) comes with foreign weights: letters of
+a word together, digits and runs of other characters apart, their bytes merged
+up to the end of the word. Its released code also mends mojibake and resolves
+HTML entities first; neither is done here nor in transformers.
 """
 
 from __future__ import annotations
@@ -13,10 +19,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import json
 import os
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
@@ -25,24 +32,26 @@ from unclip_jax.utils.errors import UserError
 
 PAD, UNK, BOS, EOS = range(4)
 
+SENTENCEPIECE_FILE = "tokenizer.model"
+# The last of them is optional, and may name a "pad_token".
+BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+BPE_BEGIN, BPE_END = "<|startoftext|>", "<|endoftext|>"
+
 # Nothing that a person writes; longer text would only be truncated anyway.
 _MAX_CHARS = 10_000
+_END_OF_WORD = "</w>"  # of CLIP's tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class SentencePieceTokenizer:
-  """A trained tokenizer.
+class Tokenizer(Protocol):
+  """What turns captions into tokens; a frozen dataclass."""
 
-  Fields:
-    path: the SentencePiece model file.
-  """
-
-  path: str
+  pad_id: int
+  bos_id: int
+  eos_id: int
 
   @property
   def vocab_size(self) -> int:
     """Ids are in [0, vocab_size)."""
-    return self._processor.vocab_size()
 
   def encode(
     self, texts: Sequence[str], context_length: int
@@ -53,8 +62,7 @@ class SentencePieceTokenizer:
     which is logged once. The empty text is just begin and end.
 
     Args:
-      texts: B texts of any content; control characters and lone surrogates
-        are dropped.
+      texts: B texts of any content; lone surrogates are dropped.
       context_length: L, at least 2.
 
     Returns:
@@ -62,38 +70,83 @@ class SentencePieceTokenizer:
       (begin and end included).
 
     Raises:
-      UserError: the context is shorter than 2 tokens, or the model file is
-        missing or broken.
+      UserError: the context is shorter than 2 tokens, or a file of the
+        tokenizer is missing or broken.
     """
-    if context_length < 2:
-      raise UserError(
-        f"context_length is {context_length}, but begin and end of sequence"
-        " alone need 2"
-      )
-    text_tokens = np.full((len(texts), context_length), PAD, np.int32)
-    text_mask = np.zeros((len(texts), context_length), bool)
-    encoded = self._processor.encode([_sanitise(text) for text in texts])
-    for row, ids in enumerate(encoded):
-      room = context_length - 2
-      if len(ids) > room:
-        logging.log_first_n(
-          logging.WARNING,
-          "a caption of %d tokens is cut to the context of %d (this is said"
-          " once): %.60r",
-          1,
-          len(ids) + 2,
-          context_length,
-          texts[row],
-        )
-      ids = [BOS, *ids[:room], EOS]
-      text_tokens[row, : len(ids)] = ids
-      text_mask[row, : len(ids)] = True
-    return text_tokens, text_mask
+
+  def decode(self, text_tokens: np.ndarray) -> list[str]:
+    """The texts (normalised) of token ids [B, L]; special ids are dropped."""
+
+  def assets(self) -> dict[str, str]:
+    """Name -> path of the files that it is made of, to be put beside a model.
+
+    `load` finds it again in a folder that holds them by these names.
+    """
+
+
+def load(path: str) -> Tokenizer:
+  """The tokenizer of a folder, or of a SentencePiece file.
+
+  Args:
+    path: a folder that holds tokenizer.model, or vocab.json and merges.txt; or
+      a SentencePiece model file.
+
+  Raises:
+    UserError: the folder holds no tokenizer, or both kinds.
+  """
+  if not os.path.isdir(path):
+    return SentencePieceTokenizer(path)
+  found = set(os.listdir(path))
+  is_bpe = {"vocab.json", "merges.txt"} <= found
+  if is_bpe and SENTENCEPIECE_FILE in found:
+    raise UserError(
+      f"{path} holds two tokenizers, {SENTENCEPIECE_FILE} and vocab.json:"
+      " delete the one that is not this model's"
+    )
+  if not is_bpe and SENTENCEPIECE_FILE not in found:
+    raise UserError(
+      f"there is no tokenizer in {path}: put {SENTENCEPIECE_FILE} there, or"
+      " vocab.json and merges.txt"
+    )
+  if is_bpe:
+    return BpeTokenizer(path)
+  return SentencePieceTokenizer(os.path.join(path, SENTENCEPIECE_FILE))
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+  """A trained tokenizer; control characters of a text are dropped.
+
+  Fields:
+    path: the SentencePiece model file.
+  """
+
+  path: str
+
+  pad_id = PAD
+  bos_id = BOS
+  eos_id = EOS
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids are in [0, vocab_size)."""
+    return self._processor.vocab_size()
+
+  def encode(
+    self, texts: Sequence[str], context_length: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """As `Tokenizer.encode`."""
+    rows = self._processor.encode([_sanitise(text) for text in texts])
+    return _padded(self, rows, texts, context_length)
 
   def decode(self, text_tokens: np.ndarray) -> list[str]:
     """The texts (normalised) of token ids [B, L]; special ids are dropped."""
     rows = [[int(i) for i in row if i > EOS] for row in text_tokens]
     return self._processor.decode(rows)
+
+  def assets(self) -> dict[str, str]:
+    """Name -> path of the model file."""
+    return {SENTENCEPIECE_FILE: self.path}
 
   @functools.cached_property
   def _processor(self) -> Any:
@@ -111,6 +164,118 @@ class SentencePieceTokenizer:
         f"{self.path!r} is no SentencePiece model, or is damaged: put the"
         " original file back"
       ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class BpeTokenizer:
+  """The tokenizer of CLIP, from its public files.
+
+  Ids are those of transformers' CLIPTokenizer, but for one thing: where a
+  model pads with "!", as Karlo does, a "!" in a text is still the token that
+  the model was trained with, not padding.
+
+  Fields:
+    folder: holds vocab.json (token -> id) and merges.txt, and optionally
+      tokenizer_config.json, of which "pad_token" is read (the end of sequence,
+      if there is none).
+  """
+
+  folder: str
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids are in [0, vocab_size)."""
+    return self._tokenizer.get_vocab_size()
+
+  @functools.cached_property
+  def pad_id(self) -> int:
+    path = os.path.join(self.folder, BPE_FILES[-1])
+    token = BPE_END
+    if os.path.isfile(path):
+      token = _read_fields(path).get("pad_token") or BPE_END
+    if isinstance(token, Mapping):  # with its properties, of which none count
+      token = token.get("content")
+    return self._id(token)
+
+  @functools.cached_property
+  def bos_id(self) -> int:
+    return self._id(BPE_BEGIN)
+
+  @functools.cached_property
+  def eos_id(self) -> int:
+    return self._id(BPE_END)
+
+  def encode(
+    self, texts: Sequence[str], context_length: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """As `Tokenizer.encode`."""
+    # One by one: a process that has used the library's threads, which short
+    # texts gain nothing from, is warned at every fork.
+    rows = [self._tokenizer.encode(_encodable(text)).ids for text in texts]
+    return _padded(self, rows, texts, context_length)
+
+  def decode(self, text_tokens: np.ndarray) -> list[str]:
+    """The texts (normalised) of token ids [B, L], up to the end of each."""
+    texts = []
+    for row in text_tokens:
+      ids = [int(i) for i in row if i != self.bos_id]
+      end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+      text = self._tokenizer.decode(ids[:end], skip_special_tokens=False)
+      texts.append(text.replace(_END_OF_WORD, " ").strip())
+    return texts
+
+  def assets(self) -> dict[str, str]:
+    """Name -> path of the files that there are of BPE_FILES."""
+    paths = {name: os.path.join(self.folder, name) for name in BPE_FILES}
+    return {name: path for name, path in paths.items() if os.path.isfile(path)}
+
+  def _id(self, token: str) -> int:
+    token_id = self._tokenizer.token_to_id(str(token))
+    if token_id is None:
+      raise UserError(
+        f"vocab.json in {self.folder} lacks the token {token}: it is not"
+        " CLIP's; put the original file there"
+      )
+    return token_id
+
+  @functools.cached_property
+  def _tokenizer(self) -> Any:
+    import tokenizers
+
+    files = [os.path.join(self.folder, name) for name in BPE_FILES[:2]]
+    try:
+      model = tokenizers.models.BPE.from_file(
+        *files, end_of_word_suffix=_END_OF_WORD, unk_token=BPE_END
+      )
+    except Exception as e:  # it raises nothing more special
+      raise UserError(
+        f"vocab.json and merges.txt in {self.folder} are missing or damaged"
+        f" ({e}): put the original files there"
+      ) from e
+    tokenizer = tokenizers.Tokenizer(model)
+    normalizers = tokenizers.normalizers
+    white_space = tokenizers.Regex(r"\s+")
+    tokenizer.normalizer = normalizers.Sequence(
+      [
+        normalizers.NFC(),
+        normalizers.Replace(white_space, " "),
+        normalizers.Lowercase(),
+      ]
+    )
+    pre_tokenizers = tokenizers.pre_tokenizers
+    words = tokenizers.Regex(
+      r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(words, behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+      ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    # A text that spells them out means them, as in the released code.
+    tokenizer.add_special_tokens([BPE_BEGIN, BPE_END])
+    return tokenizer
 
 
 def train(captions: Sequence[str], vocab_size: int, path: str) -> None:
@@ -151,6 +316,55 @@ def train(captions: Sequence[str], vocab_size: int, path: str) -> None:
   with open(part, "wb") as file:
     file.write(model.getvalue())
   os.replace(part, path)
+
+
+def _padded(
+  tokenizer: Tokenizer,
+  rows: Iterable[Sequence[int]],
+  texts: Sequence[str],
+  context_length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """What `Tokenizer.encode` returns, of the ids of each text."""
+  if context_length < 2:
+    raise UserError(
+      f"context_length is {context_length}, but begin and end of sequence"
+      " alone need 2"
+    )
+  shape = (len(texts), context_length)
+  text_tokens = np.full(shape, tokenizer.pad_id, np.int32)
+  text_mask = np.zeros(shape, bool)
+  room = context_length - 2
+  for row, ids in enumerate(rows):
+    if len(ids) > room:
+      logging.log_first_n(
+        logging.WARNING,
+        "a caption of %d tokens is cut to the context of %d (this is said"
+        " once): %.60r",
+        1,
+        len(ids) + 2,
+        context_length,
+        texts[row],
+      )
+    ids = [tokenizer.bos_id, *ids[:room], tokenizer.eos_id]
+    text_tokens[row, : len(ids)] = ids
+    text_mask[row, : len(ids)] = True
+  return text_tokens, text_mask
+
+
+def _read_fields(path: str) -> Mapping[str, Any]:
+  try:
+    with open(path, encoding="utf-8") as file:
+      fields = json.load(file)
+  except (OSError, ValueError) as e:
+    raise UserError(f"{path} is damaged: {e}") from e
+  if not isinstance(fields, Mapping):
+    raise UserError(f"{path} is damaged: it holds no fields")
+  return fields
+
+
+def _encodable(text: str) -> str:
+  """Without lone surrogates, which have no bytes."""
+  return text[:_MAX_CHARS].encode("utf-8", "ignore").decode("utf-8")
 
 
 def _sanitise(text: str) -> str:

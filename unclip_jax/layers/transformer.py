@@ -92,7 +92,7 @@ class Block(nn.Module):
     )
     self.norm_2 = norms.LayerNorm(dtype=self.dtype)
     self.mlp = Mlp(
-      int(self.width * self.mlp_ratio), self.activation, dtype=self.dtype
+      round(self.width * self.mlp_ratio), self.activation, dtype=self.dtype
     )
     self.drop = nn.Dropout(self.dropout)
 

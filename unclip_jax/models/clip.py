@@ -9,13 +9,21 @@ padded text positions are masked as keys. Causality already hides right padding
 from real tokens, so with foreign weights only the states at padded positions,
 which nobody may read, differ.
 
-Sizes (Radford et al. 2021, table 20, but unCLIP's from its Appendix C, heads
-and context our choice):
+A model may lack one of the towers: Karlo's text-to-image weights hold the text
+tower alone.
 
-            image patch | vision: width depth heads | text: width depth heads
-  ViT-B/32    224    32 |           768    12    12 |         512    12     8
-  ViT-L/14    224    14 |          1024    24    16 |         768    12    12
-  unCLIP      256    16 |          1280    32    16 |        1024    24    16
+Sizes (Radford et al. 2021, table 20; OpenCLIP's from H/14 on; unCLIP's from its
+Appendix C, heads and context our choice). An MLP is 4 widths but where a width
+is given:
+
+                image patch | vision: width depth heads MLP | text: w  d  h
+  ViT-B/32        224    32 |           768    12    12      |   512 12  8
+  ViT-B/16        224    16 |           768    12    12      |   512 12  8
+  ViT-L/14    224/336    14 |          1024    24    16      |   768 12 12
+  ViT-H/14        224    14 |          1280    32    16      |  1024 24 16
+  ViT-g/14        224    14 |          1408    40    16 6144 |  1024 24 16
+  ViT-bigG/14     224    14 |          1664    48    16 8192 |  1280 32 20
+  unCLIP          256    16 |          1280    32    16      |  1024 24 16
 """
 
 from __future__ import annotations
@@ -44,6 +52,8 @@ class VisionTower(nn.Module):
   embed_dim: int
   mlp_ratio: float
   activation: str
+  image_mean: tuple[float, ...] | None
+  image_std: tuple[float, ...] | None
   remat: bool
   dtype: DTypeLike
 
@@ -95,6 +105,9 @@ class VisionTower(nn.Module):
         f"CLIP takes pictures of {self.image_size} x {self.image_size} pixels, "
         f"not {H} x {W}: resize them, or change the model's image_size"
       )
+    if self.image_mean is not None:
+      mean, std = jnp.asarray(self.image_mean), jnp.asarray(self.image_std)
+      image = (image.astype(jnp.float32) / 2 + 0.5 - mean) / std
     x = einops.rearrange(self.patch_embed(image), "b h w d -> b (h w) d")
     class_token = jnp.broadcast_to(
       self.class_token.astype(x.dtype), (B, 1, self.width)
@@ -173,66 +186,85 @@ class Model(nn.Module):
   Attributes:
     image_size: S, height and width of the pictures, in pixels.
     patch_size: side of a patch, in pixels; divides image_size.
-    vision_width, vision_depth, vision_num_heads: the ViT.
+    vision_width, vision_depth, vision_num_heads: the ViT. vision_width None:
+      there is no vision tower, and nothing about pictures is read.
     vocab_size: text tokens are 0 to vocab_size - 1.
     context_length: the longest text, in tokens.
-    text_width, text_depth, text_num_heads: the text transformer.
+    text_width, text_depth, text_num_heads: the text transformer. text_width
+      None: there is no text tower, and nothing about texts is read.
     embed_dim: size of image_embed and text_embed.
     mlp_ratio: hidden width of the MLPs, in widths.
+    vision_mlp_ratio: that of the ViT; None: mlp_ratio.
     activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
-    logit_scale_init: initial log of the scale of the cosines.
+    image_mean, image_std: RGB means and standard deviations of pictures in
+      [0, 1], by which the ViT standardises its own; None: they enter in
+      [-1, 1], as they come.
+    logit_scale_init: initial log of the scale of the cosines; None: no such
+      parameter (Karlo's weights have none).
     logit_bias_init: initial bias of the logits (the sigmoid loss: Zhai et al.
       2023 start at -10); None: no such parameter.
     remat: recompute each block in the backward pass instead of storing it.
     dtype: compute dtype; parameters are float32.
   """
 
-  image_size: int
-  patch_size: int
-  vision_width: int
-  vision_depth: int
-  vision_num_heads: int
-  vocab_size: int
-  context_length: int
-  text_width: int
-  text_depth: int
-  text_num_heads: int
+  image_size: int | None
+  patch_size: int | None
+  vision_width: int | None
+  vision_depth: int | None
+  vision_num_heads: int | None
+  vocab_size: int | None
+  context_length: int | None
+  text_width: int | None
+  text_depth: int | None
+  text_num_heads: int | None
   embed_dim: int
   mlp_ratio: float = 4
+  vision_mlp_ratio: float | None = None
   activation: str = "gelu"
-  logit_scale_init: float = math.log(1 / 0.07)
+  image_mean: tuple[float, ...] | None = None
+  image_std: tuple[float, ...] | None = None
+  logit_scale_init: float | None = math.log(1 / 0.07)
   logit_bias_init: float | None = None
   remat: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
-    self.vision = VisionTower(
-      image_size=self.image_size,
-      patch_size=self.patch_size,
-      width=self.vision_width,
-      depth=self.vision_depth,
-      num_heads=self.vision_num_heads,
-      embed_dim=self.embed_dim,
-      mlp_ratio=self.mlp_ratio,
-      activation=self.activation,
-      remat=self.remat,
-      dtype=self.dtype,
-    )
-    self.text = TextTower(
-      vocab_size=self.vocab_size,
-      context_length=self.context_length,
-      width=self.text_width,
-      depth=self.text_depth,
-      num_heads=self.text_num_heads,
-      embed_dim=self.embed_dim,
-      mlp_ratio=self.mlp_ratio,
-      activation=self.activation,
-      remat=self.remat,
-      dtype=self.dtype,
-    )
-    self.logit_scale = self.param(
-      "logit_scale", nn.initializers.constant(self.logit_scale_init), ()
-    )
+    if (self.image_mean is None) != (self.image_std is None):
+      raise errors.UserError(
+        "CLIP's image_mean and image_std go together: set both or neither"
+      )
+    if self.vision_width is not None:
+      self.vision = VisionTower(
+        image_size=self.image_size,
+        patch_size=self.patch_size,
+        width=self.vision_width,
+        depth=self.vision_depth,
+        num_heads=self.vision_num_heads,
+        embed_dim=self.embed_dim,
+        mlp_ratio=self.vision_mlp_ratio or self.mlp_ratio,
+        activation=self.activation,
+        image_mean=self.image_mean,
+        image_std=self.image_std,
+        remat=self.remat,
+        dtype=self.dtype,
+      )
+    if self.text_width is not None:
+      self.text = TextTower(
+        vocab_size=self.vocab_size,
+        context_length=self.context_length,
+        width=self.text_width,
+        depth=self.text_depth,
+        num_heads=self.text_num_heads,
+        embed_dim=self.embed_dim,
+        mlp_ratio=self.mlp_ratio,
+        activation=self.activation,
+        remat=self.remat,
+        dtype=self.dtype,
+      )
+    if self.logit_scale_init is not None:
+      self.logit_scale = self.param(
+        "logit_scale", nn.initializers.constant(self.logit_scale_init), ()
+      )
     if self.logit_bias_init is not None:
       self.logit_bias = self.param(
         "logit_bias", nn.initializers.constant(self.logit_bias_init), ()
@@ -256,28 +288,54 @@ class Model(nn.Module):
 
     Returns:
       {"image_embed", "text_embed": [B, embed_dim] float32, not normalised;
-      "logit_scale": [], the log; "logit_bias": [], if there is one}, and the
-      intermediates "image_encodings" [B, 1 + P, D] and "text_encodings".
+      "logit_scale": [], the log; "logit_bias": []}, and the intermediates
+      "image_encodings" [B, 1 + P, D] and "text_encodings"; those of them for
+      which there are parameters.
     """
-    image_embed, image_out = self.encode_image(image, train=train)
-    text_embed, text_out = self.encode_text(text_tokens, text_mask, train=train)
-    output = {
-      "image_embed": image_embed,
-      "text_embed": text_embed,
-      "logit_scale": self.logit_scale,
-    }
+    output, out = {}, {}
+    if self.vision_width is not None:
+      output["image_embed"], image_out = self.encode_image(image, train=train)
+      out |= image_out
+    if self.text_width is not None:
+      output["text_embed"], text_out = self.encode_text(
+        text_tokens, text_mask, train=train
+      )
+      out |= text_out
+    if self.logit_scale_init is not None:
+      output["logit_scale"] = self.logit_scale
     if self.logit_bias_init is not None:
       output["logit_bias"] = self.logit_bias
-    return output, {**image_out, **text_out}
+    return output, out
 
   def encode_image(
     self, image: jax.Array, *, train: bool = False
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """image_embed [B, embed_dim], and "image_encodings" before ln_post."""
+    """image_embed [B, embed_dim], and "image_encodings" before ln_post.
+
+    Raises:
+      UserError: there is no vision tower, or pictures of another size.
+    """
+    self.check_vision()
     return self.vision(image, train=train)
 
   def encode_text(
     self, text_tokens: jax.Array, text_mask: jax.Array, *, train: bool = False
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """text_embed [B, embed_dim], and "text_encodings" after the final LN."""
+    """text_embed [B, embed_dim], and "text_encodings" after the final LN.
+
+    Raises:
+      UserError: there is no text tower, or texts that are too long.
+    """
+    if self.text_width is None:
+      raise errors.UserError(
+        "this CLIP has no text tower: convert a folder that holds both"
+      )
     return self.text(text_tokens, text_mask, train=train)
+
+  def check_vision(self) -> None:
+    """Raises UserError where there is no vision tower."""
+    if self.vision_width is None:
+      raise errors.UserError(
+        "this CLIP has no vision tower: convert it again with one (unclip "
+        "convert --from karlo --image_encoder DIR), or use texts alone"
+      )

@@ -51,6 +51,16 @@ class Task:
     del frozen, batches
     return {}
 
+  @property
+  def image_size(self) -> int:
+    """Pixels of a side of the pictures that `encode_image` takes.
+
+    Raises:
+      UserError: there is no vision tower.
+    """
+    self.model.check_vision()
+    return self.model.image_size
+
   def encode_image(
     self, variables: base.Variables, image: jax.Array
   ) -> jax.Array:
@@ -118,6 +128,11 @@ class Task:
     self, variables: base.Variables, outputs: dict[str, jax.Array]
   ) -> base.LossOutput:
     params = variables["params"]
+    if "logit_scale" not in params:
+      raise errors.UserError(
+        "this CLIP has no logit_scale, and is not to be trained: set"
+        " config.model.logit_scale_init"
+      )
     # Radford et al., section 2.5: the scale is kept at or below 100.
     logit_scale = jnp.exp(
       jnp.minimum(params["logit_scale"], math.log(self.max_logit_scale))
