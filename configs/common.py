@@ -38,6 +38,8 @@ def base() -> ml_collections.ConfigDict:
     clip_norm=1.0,
     rules=(),
   )
+  # A trained model to start with (unclip_jax/init_from.py); "" = from scratch
+  config.init_from = dict(path="", names=".*")
   config.frozen = ml_collections.ConfigDict()
   config.evals = ml_collections.ConfigDict()
   return config

@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
   "train_state": {"utils"},
   "evaluators": {"metrics", "data", "utils"},
   "upstream": {"checkpoints", "data", "tasks.base", "utils"},
+  "init_from": {"checkpoints", "upstream", "utils"},
   "gradients": {"optim", "partitioning", "tasks.base"},
 }
 # The config gives the trainer the module paths of the models and tasks.

@@ -30,12 +30,19 @@ import ml_collections
 import optax
 from absl import logging
 
-from unclip_jax import checkpoints, gradients, optim, partitioning, upstream
+from unclip_jax import (
+  checkpoints,
+  gradients,
+  init_from,
+  optim,
+  partitioning,
+  upstream,
+)
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.train_state import TrainState
 from unclip_jax.utils import config as config_lib
-from unclip_jax.utils import errors, metric_writers, progress
+from unclip_jax.utils import errors, metric_writers, progress, trees
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -51,9 +58,14 @@ def init_state(
   rng: jax.Array,
   batch: tasks_base.Batch,
   frozen: tasks_base.Frozen,
+  given: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-  """A fresh state; pure, so `jax.eval_shape` gives its shapes for nothing."""
-  variables = dict(task.init(rng, batch, frozen))
+  """A fresh state; pure, so `jax.eval_shape` gives its shapes for nothing.
+
+  Args:
+    given: flat name ("params.output.kernel") -> value in place of the task's.
+  """
+  variables = dict(trees.overlay(task.init(rng, batch, frozen), given or {}))
   params = variables.pop("params")
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -122,6 +134,7 @@ class Setup:
   tx: optax.GradientTransformation
   learning_rate: Callable[[Any], Any]
   sam: optim.Sam | None
+  init_from: init_from.InitFrom
   data: data_pipeline.DataPipeline
   mesh: jax.sharding.Mesh
   frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
@@ -161,6 +174,9 @@ def setup(
     learning_rate=learning_rate,
     sam=optim.make_sam(
       config.optim, config.batch_size, config.num_microbatches
+    ),
+    init_from=config_lib.construct(
+      init_from.InitFrom, config.get("init_from"), where="config.init_from"
     ),
     data=data_pipeline.DataPipeline.from_config(
       config.data, seed=config.seed, assets_dir=assets_dir
@@ -216,8 +232,6 @@ def train(
     run = setup(config)
     config = run.config
     checkpoints.check_config(workdir, config, allow_change=allow_config_change)
-    checkpoints.save_config(workdir, config)
-    checkpoints.save_assets(workdir, run.data.assets())
     checkpointer = checkpoints.Checkpointer(
       os.path.join(workdir, "checkpoints"),
       keep=config.checkpoint.keep,
@@ -226,6 +240,9 @@ def train(
     writer = metric_writers.create_writer(workdir)
     try:
       state, tables = _start(run, workdir, checkpointer)
+      # Not earlier: a start that failed leaves a folder that is free.
+      checkpoints.save_config(workdir, config)
+      checkpoints.save_assets(workdir, run.data.assets())
       writer.truncate_after(int(state.step))
       frozen = {**run.frozen, **tables}
       return _loop(run, state, frozen, tables, checkpointer, writer, stop)
@@ -237,7 +254,7 @@ def train(
 def _start(
   run: Setup, workdir: str, checkpointer: checkpoints.Checkpointer
 ) -> tuple[TrainState, dict[str, PyTree]]:
-  """The newest whole checkpoint, else a fresh state and fresh tables."""
+  """The newest whole checkpoint, else a fresh state and its tables."""
   config = run.config
   table_shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
@@ -256,22 +273,41 @@ def _start(
     logging.info("resuming %s at step %d", workdir, step)
     return tree["state"], tree["tables"]
 
-  batches = run.data.eval_batches(
-    "train", config.eval_batch_size, config.prepare_examples
+  given = run.init_from.load(
+    config.frozen,
+    {
+      "params": template.params,
+      **template.model_state,
+      "tables": table_shapes,
+    },
   )
-  tables = jax.device_put(
-    run.task.prepare(run.frozen, batches), partitioning.replicated(run.mesh)
-  )
+  tables = _tables(run, table_shapes, given)
   shardings = jax.tree.map(lambda x: x.sharding, template)
   batch = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), run.data.batch_spec(1)
   )
   init = jax.jit(
-    lambda rng, batch, frozen: init_state(run.task, run.tx, rng, batch, frozen),
-    out_shardings=shardings,
+    lambda *args: init_state(run.task, run.tx, *args), out_shardings=shardings
   )
-  state = init(jax.random.key(config.seed), batch, {**run.frozen, **tables})
+  state = init(
+    jax.random.key(config.seed), batch, {**run.frozen, **tables}, given
+  )
   return state, tables
+
+
+def _tables(
+  run: Setup, shapes: PyTree, given: Mapping[str, jax.Array]
+) -> dict[str, PyTree]:
+  """The task's tables, computed from data unless all of them are given."""
+  tables = {"tables": shapes}
+  if not trees.flatten(tables).keys() <= given.keys():
+    batches = run.data.eval_batches(
+      "train", run.config.eval_batch_size, run.config.prepare_examples
+    )
+    tables["tables"] = jax.device_put(
+      run.task.prepare(run.frozen, batches), partitioning.replicated(run.mesh)
+    )
+  return trees.overlay(tables, given)["tables"]
 
 
 def _write_overview(overview: str, workdir: str) -> None:

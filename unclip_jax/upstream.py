@@ -76,13 +76,25 @@ def _load_one(
 
 
 def check_fingerprint(
-  name: str, spec: Mapping[str, Any], found: str, where: str
+  name: str,
+  spec: Mapping[str, Any],
+  found: str,
+  where: str,
+  *,
+  model: str = "this model",
 ) -> None:
-  """Raises UserError if a model was trained with another upstream model."""
+  """Raises UserError if a model was trained with another upstream model.
+
+  Args:
+    name: of the upstream model in the config.
+    spec: that entry of the model's config.
+    found: fingerprint of the upstream model at hand, which `where` holds.
+    model: what the message calls the model.
+  """
   expected = spec.get("fingerprint")
   if expected and expected != found:
     raise errors.UserError(
-      f"this model was trained with the {name} {expected}, but '{where}' holds "
+      f"{model} was trained with the {name} {expected}, but '{where}' holds "
       f"the {name} {found}: give the folder of {expected}, or train again"
     )
 

@@ -4,6 +4,12 @@
     --workdir runs/ablations/inpainting \
     --config.frozen.clip.path=runs/emoji/clip
 
+A trained plain decoder is a start for all but the first convolution, which has
+more input channels here:
+
+    --config.init_from.path=runs/emoji/decoder \
+    --config.init_from.names='^(?!params.conv_in.kernel)'
+
 As GLIDE's (Nichol et al. 2021, section 3.3): the network sees the known part of
 the picture and where it is. `inpaint` of the pipeline shows it both; with the
 base it can only put the known pixels into every prediction. Expect edges that

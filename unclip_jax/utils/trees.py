@@ -35,6 +35,11 @@ def unflatten_like(template: PyTree, flat: dict[str, Any]) -> PyTree:
   )
 
 
+def overlay(tree: PyTree, flat: dict[str, Any]) -> PyTree:
+  """The tree with the leaves of `flat` where it has one of that name."""
+  return unflatten_like(tree, {**flatten(tree), **flat})
+
+
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
   """Nested dicts from dotted names."""
   tree: dict[str, Any] = {}
