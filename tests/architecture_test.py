@@ -36,21 +36,19 @@ ALLOWED: dict[str, set[str]] = {
   "checkpoints": {"tensor_files", "utils"},
   "train_state": {"utils"},
   "evaluators": {"metrics", "data", "utils"},
-  "upstream": {"checkpoints", "data", "tasks.base", "utils"},
+  "upstream": {"checkpoints", "data", "tasks.base", "tensor_files", "utils"},
   "init_from": {"checkpoints", "upstream", "utils"},
   "gradients": {"optim", "partitioning", "tasks.base"},
 }
 # The config gives the trainer the module paths of the models and tasks.
 ALLOWED["trainer"] = set(ALLOWED) - {"models", "tasks"} | {"tasks.base"}
 ALLOWED["inference"] = {
-  *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils")
+  *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils"),
+  "tensor_files",
 }
-ALLOWED["interop"] = ALLOWED["inference"] | {"inference", "tensor_files"}
+ALLOWED["interop"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["manipulations"] = {"data", "metrics", "tensor_files", "utils"}
-ALLOWED["pipelines"] = {
-  *ALLOWED["inference"],
-  *("inference", "manipulations", "tensor_files"),
-}
+ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
 
 # Each may import anything; nobody imports them.
 PROGRAMS = {

@@ -49,13 +49,13 @@ class Coupled:
 
   def loss(self, variables, frozen, batch, rng, *, step, train):
     outputs = self.encode(variables, frozen, batch, rng, train=train)
-    return self.coupled_loss(variables, outputs)
+    return self.coupled_loss(variables, frozen, outputs)
 
   def encode(self, variables, frozen, batch, rng, *, train):
     keep = jax.random.bernoulli(rng, self.keep, batch["x"].shape)
     return jnp.tanh((batch["x"] * keep) @ variables["params"]["in"])
 
-  def coupled_loss(self, variables, outputs):
+  def coupled_loss(self, variables, frozen, outputs):
     logits = outputs @ outputs.T * jnp.exp(variables["params"]["scale"])
     loss = -jnp.diagonal(jax.nn.log_softmax(logits))
     return tasks_base.LossOutput(loss * jnp.arange(1.0, B + 1), {}, {})
@@ -133,7 +133,7 @@ def test_cached_gradients_keep_draws_and_order(n):
       part = {"x": BATCH["x"][i::n]}
       rows = task.encode({"params": params}, {}, part, rng, train=True)
       outputs = outputs.at[i::n].set(rows)
-    return task.coupled_loss({"params": params}, outputs).loss.mean()
+    return task.coupled_loss({"params": params}, {}, outputs).loss.mean()
 
   task = Coupled()
   value, expected = jax.value_and_grad(loss)(COUPLED)
@@ -195,7 +195,7 @@ def check_coupled_sam(task, params, batch, replicas):
 
   def loss(params, outputs):
     outputs = jax.tree.map(lambda *z: jnp.concatenate(z), *outputs)
-    return task.coupled_loss({"params": params}, outputs).loss.mean()
+    return task.coupled_loss({"params": params}, {}, outputs).loss.mean()
 
   @jax.jit
   def reference(params):

@@ -435,8 +435,11 @@ class Checkpointer:
     )
 
   def _restore_flat(
-    self, step: int | None, select: Callable[[Iterable[str]], list[str]]
-  ) -> tuple[int, dict[str, np.ndarray]]:
+    self,
+    step: int | None,
+    select: Callable[[Iterable[str]], list[str]],
+    abstract: bool = False,
+  ) -> tuple[int, dict[str, Any]]:
     self.wait()
     known = self.steps()
     if step is not None and step not in known:
@@ -455,6 +458,10 @@ class Checkpointer:
           shape, dtype, _ = leaves[name]
           zero = np.zeros((), jnp.dtype(dtype))
           wanted[name] = np.broadcast_to(zero, shape)  # takes no memory
+        if abstract:
+          return candidate, {
+            n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in wanted.items()
+          }
         return candidate, _load_verified(folder, manifest, wanted)
       except _CorruptError as e:
         problems.append(f"{folder}: {e}")
@@ -754,7 +761,7 @@ class LoadedModel:
   Attributes:
     config: that of the run that trained it.
     variables: {"params": ..., "batch_stats"...: ...}, nested dicts of numpy
-      arrays.
+      arrays (or of shapes).
     tables: name -> array or dict of arrays.
     assets_dir: the folder that holds the tokenizer and other files.
     fingerprint: see `fingerprint`.
@@ -843,14 +850,15 @@ def save_arrays(
 
 
 def load_model(
-  path: PathLike, *, weights_dtype: Any = None, lazy: bool = False
+  path: PathLike, *, abstract: bool = False, lazy: bool = False
 ) -> LoadedModel:
   """Loads a model folder, or the newest step of a run's workdir.
 
   Of a run, the averaged parameters are taken where there are any.
 
   Args:
-    weights_dtype: of the floating-point variables; None: as they are stored.
+    abstract: give `jax.ShapeDtypeStruct`s in place of arrays, and no
+      fingerprint; no weights are read.
     lazy: variables of a model folder are `LazyArray`s, whose bytes nobody has
       compared with the fingerprint.
 
@@ -863,7 +871,7 @@ def load_model(
     stored = metadata.get("fingerprint")
     assets_dir = folder
   elif (folder / "checkpoints").is_dir():
-    flat, stored = _read_run(folder / "checkpoints"), None
+    flat, stored = _read_run(folder / "checkpoints", abstract), None
     assets_dir = folder / "assets"
   else:
     raise UserError(
@@ -873,7 +881,10 @@ def load_model(
   config = load_config(folder)
   if not any(name.startswith("params.") for name in flat):
     raise UserError(f"the model in {path} has no parameters")
-  if stored is None or not lazy:
+  if abstract:
+    flat = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in flat.items()}
+    stored = ""
+  elif stored is None or not lazy:
     flat = tensor_files.loaded(flat)
     params = trees.unflatten(flat)["params"]
     found = fingerprint({"params": params})
@@ -883,21 +894,12 @@ def load_model(
         f" {found}, but were saved with {stored}"
       )
     stored = found
-  tables = {k: v for k, v in flat.items() if k.startswith("tables.")}
-  variables = {k: v for k, v in flat.items() if k not in tables}
-  if weights_dtype is not None:
-    dtype = jnp.dtype(weights_dtype)
-    variables = {
-      k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
-      for k, v in variables.items()
-    }
-  tables = trees.unflatten(tensor_files.loaded(tables)).get("tables", {})
-  return LoadedModel(
-    config, trees.unflatten(variables), tables, str(assets_dir), stored
-  )
+  variables = trees.unflatten(flat)
+  tables = tensor_files.loaded(variables.pop("tables", {}))
+  return LoadedModel(config, variables, tables, str(assets_dir), stored)
 
 
-def _read_run(directory: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_run(directory: pathlib.Path, abstract: bool) -> dict[str, Any]:
   """The variables and tables of the newest step, by the names of a model."""
   ema, plain = "state.ema_params.", "state.params."
   others = {"state.model_state.": "", "tables.": "tables."}
@@ -907,7 +909,7 @@ def _read_run(directory: pathlib.Path) -> dict[str, np.ndarray]:
     params = ema if any(n.startswith(ema) for n in names) else plain
     return [n for n in names if n.startswith((params, *others))]
 
-  _, flat = Checkpointer(directory)._restore_flat(None, select)
+  _, flat = Checkpointer(directory)._restore_flat(None, select, abstract)
   prefixes = {ema: "params.", plain: "params.", **others}
   return {
     new + name.removeprefix(old): leaf

@@ -133,7 +133,7 @@ def make_gradients(
       params: PyTree, outputs: PyTree
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
       variables = {"params": params, **model_state}
-      return _mean(task.coupled_loss(variables, outputs))
+      return _mean(task.coupled_loss(variables, frozen, outputs))
 
     fixed = _Fixed(model_state, frozen, step)
     if sam is not None:

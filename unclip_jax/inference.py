@@ -6,27 +6,14 @@ out = prior.task.sample(prior.variables, prior.frozen, batch, rng)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 
-from unclip_jax import checkpoints, upstream
-from unclip_jax.tasks import base as tasks_base
+from unclip_jax import tensor_files, upstream
 
-PyTree = Any
-
-
-class Loaded(NamedTuple):
-  """A trained model. The first two are all that most callers need."""
-
-  task: tasks_base.Task
-  variables: PyTree  # {"params": moving average, **model_state}
-  frozen: dict[str, PyTree]  # upstream variables and tables
-  config: ml_collections.ConfigDict
-  assets_dir: str | None
-  fingerprint: str
+Loaded = upstream.Loaded
 
 
 def load(
@@ -38,6 +25,9 @@ def load(
   lazy: bool = False,
 ) -> Loaded:
   """Loads a run folder or one part of a released model.
+
+  A run of adapters comes as the plain model that it stands for;
+  `checkpoints.load_model` gives the adapters alone.
 
   Args:
     upstream_models: models already in memory that serve as this one's
@@ -51,34 +41,13 @@ def load(
     UserError: no such folder, or an upstream model with other weights than
       those that this model was trained with.
   """
-  loaded = checkpoints.load_model(path, weights_dtype=weights_dtype, lazy=lazy)
-  config = loaded.config.copy_and_resolve_references()
+  model = upstream.load_model(path, given=upstream_models, lazy=lazy)
+  task, variables = model.task, model.variables
   if compute_dtype is not None:
-    with config.unlocked():
-      config.model.dtype = compute_dtype
-  variables = loaded.variables
+    network = task.model.clone(dtype=compute_dtype)
+    task = dataclasses.replace(task, model=network)
+  if weights_dtype is not None:
+    variables = tensor_files.cast(variables, weights_dtype)
   if not lazy:
     variables = jax.device_put(variables)  # once, and not at every call
-  wanted = config.get("frozen", {})
-  given = {k: v for k, v in (upstream_models or {}).items() if k in wanted}
-  models: dict[str, Any] = {}
-  for name in wanted:
-    if name in given:
-      upstream.check_fingerprint(
-        name, wanted[name], given[name].fingerprint, "the given model"
-      )
-      models[name] = given[name]
-    else:
-      models.update(upstream.load({name: wanted[name]}, beside=path))
-  task = tasks_base.build(
-    config, {name: model.task for name, model in models.items()}
-  )
-  frozen = {name: model.variables for name, model in models.items()}
-  return Loaded(
-    task,
-    variables,
-    {**frozen, **loaded.tables},
-    loaded.config,
-    loaded.assets_dir,
-    loaded.fingerprint,
-  )
+  return model._replace(task=task, variables=variables)

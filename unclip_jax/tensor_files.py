@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -61,6 +62,15 @@ def loaded(tree: Any) -> Any:
   """A tree whose lazy arrays are in memory."""
   return jax.tree.map(
     lambda x: x.load() if isinstance(x, LazyArray) else x, tree
+  )
+
+
+def cast(tree: Any, dtype: str) -> Any:
+  """A tree whose floating-point arrays, lazy or not, are of another type."""
+  new = jnp.dtype(dtype)
+  return jax.tree.map(
+    lambda x: x.astype(new) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+    tree,
   )
 
 

@@ -166,6 +166,9 @@ def setup(
     with config.unlocked():
       config.frozen[name].fingerprint = model.fingerprint
     assets_dir = model.assets_dir or assets_dir
+  frozen = upstream.frozen_of(models)
+  if not abstract:
+    frozen = jax.device_put(frozen, partitioning.replicated(mesh))
   tx, learning_rate = optim.make_optimizer(config.optim, config.num_steps)
   return Setup(
     config=config,
@@ -182,12 +185,7 @@ def setup(
       config.data, seed=config.seed, assets_dir=assets_dir
     ),
     mesh=mesh,
-    frozen={
-      name: model.variables
-      if abstract
-      else jax.device_put(model.variables, partitioning.replicated(mesh))
-      for name, model in models.items()
-    },
+    frozen=frozen,
   )
 
 

@@ -1,9 +1,15 @@
-"""The frozen upstream models that a config names (`config.frozen`).
+"""Trained models with what they stand on, and the upstreams of a config.
 
-Each entry is `dict(path=FOLDER)`, a run folder or a released part, whose own
-stored config gives its architecture. Where the path is empty, `untrained` is
-the config of a model with fresh weights, for smoke runs and for describing a
-config whose upstream is not trained yet.
+Each entry of `config.frozen` is `dict(path=FOLDER)`, a run folder or a released
+part, whose own stored config gives its architecture. Where the path is empty,
+`untrained` is the config of a model with fresh weights, for smoke runs and for
+describing a config whose upstream is not trained yet.
+
+An upstream model brings what its own task needs, its upstream models and its
+tables: they lie in its variables under "frozen", where there are any.
+
+A model that consists of adapters (tasks.base.AdaptedTask) comes as the plain
+model that it stands for, so that it serves wherever one does.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from unclip_jax import checkpoints
+from unclip_jax import checkpoints, tensor_files
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.utils import errors
@@ -24,55 +30,89 @@ from unclip_jax.utils import errors
 PyTree = Any
 
 
-class Upstream(NamedTuple):
-  """One upstream model."""
+class Loaded(NamedTuple):
+  """A trained model. The first two are all that most callers need."""
 
   task: tasks_base.Task
-  variables: PyTree
-  fingerprint: str  # "" of shapes
+  variables: PyTree  # {"params": moving average, **model_state}
+  frozen: dict[str, PyTree]  # upstream variables and tables
+  config: ml_collections.ConfigDict
   assets_dir: str | None
+  fingerprint: str  # "" of shapes
+
+
+def load_model(
+  path: str,
+  *,
+  given: Mapping[str, Loaded] | None = None,
+  abstract: bool = False,
+  lazy: bool = False,
+) -> Loaded:
+  """Loads a run folder or one part of a released model.
+
+  Args:
+    given: models already in memory that serve as upstream models of their
+      names; the others are read from where the config says.
+    abstract: give shapes in place of arrays; no weights are read.
+    lazy: leave the variables in the file (`tensor_files.loaded` reads them),
+      those of upstream models excepted.
+
+  Raises:
+    UserError: no such folder, or an upstream model with other weights than
+      those that this model was trained with.
+  """
+  stored = checkpoints.load_model(path, abstract=abstract, lazy=lazy)
+  config = stored.config.copy_and_resolve_references()
+  with config.unlocked():
+    for spec in config.get("frozen", {}).values():
+      # The parts of a released model lie beside each other.
+      if (spec.get("path") or "").startswith(".."):
+        spec.path = os.path.abspath(os.path.join(path, spec.path))
+  models = load(config.get("frozen", {}), given=given, abstract=abstract)
+  loaded = Loaded(
+    _build(config, models),
+    stored.variables,
+    {**frozen_of(models), **stored.tables},
+    config,
+    stored.assets_dir,
+    stored.fingerprint,
+  )
+  return _plain(loaded, models)
 
 
 def load(
-  frozen: Mapping[str, ml_collections.ConfigDict],
+  config_frozen: Mapping[str, ml_collections.ConfigDict],
   *,
-  beside: str = "",
+  given: Mapping[str, Loaded] | None = None,
   abstract: bool = False,
-) -> dict[str, Upstream]:
-  """Loads every entry of `config.frozen`.
-
-  Args:
-    beside: folder that paths starting with ".." are relative to (a released
-      model's parts lie beside each other).
-    abstract: give shapes in place of arrays; no weights are read.
+) -> dict[str, Loaded]:
+  """Loads every entry of `config.frozen`; arguments as in `load_model`.
 
   Raises:
     UserError: a folder is missing, or holds other weights than the run that
       is being loaded was trained with.
   """
+  models = {}
+  for name, spec in config_frozen.items():
+    path = spec.get("path")
+    if name in (given or {}):
+      models[name] = given[name]
+      path = "the given model"
+    elif path:
+      models[name] = load_model(path, given=given, abstract=abstract)
+    else:
+      models[name] = _fresh(spec.untrained, abstract)
+    if path and not abstract:
+      check_fingerprint(name, spec, models[name].fingerprint, path)
+  return models
+
+
+def frozen_of(models: Mapping[str, Loaded]) -> dict[str, PyTree]:
+  """What a task gets as `frozen` of its upstream models."""
   return {
-    name: _load_one(name, frozen[name], beside, abstract) for name in frozen
+    name: {**m.variables, **({"frozen": m.frozen} if m.frozen else {})}
+    for name, m in models.items()
   }
-
-
-def _load_one(
-  name: str, spec: ml_collections.ConfigDict, beside: str, abstract: bool
-) -> Upstream:
-  path = spec.get("path")
-  if not path:
-    return _fresh(spec.untrained, abstract)
-  if path.startswith(".."):
-    path = os.path.normpath(os.path.join(beside, path))
-  if abstract:
-    return _fresh(checkpoints.load_config(path), abstract)
-  loaded = checkpoints.load_model(path)
-  check_fingerprint(name, spec, loaded.fingerprint, path)
-  return Upstream(
-    tasks_base.build(loaded.config),
-    loaded.variables,
-    loaded.fingerprint,
-    loaded.assets_dir,
-  )
 
 
 def check_fingerprint(
@@ -99,16 +139,56 @@ def check_fingerprint(
     )
 
 
-def _fresh(config: ml_collections.ConfigDict, abstract: bool) -> Upstream:
+def _build(
+  config: ml_collections.ConfigDict, models: Mapping[str, Loaded]
+) -> tasks_base.Task:
+  return tasks_base.build(config, {k: m.task for k, m in models.items()})
+
+
+def _plain(loaded: Loaded, models: Mapping[str, Loaded]) -> Loaded:
+  """The model that adapters stand for; any other as it is."""
+  if not isinstance(loaded.task, tasks_base.AdaptedTask):
+    return loaded
+  base = models["base"]
+  config = base.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data = loaded.config.data  # what it was trained on last
+  if not loaded.fingerprint:
+    return base._replace(config=config)
+  adapters = tensor_files.loaded(loaded.variables)
+  variables = loaded.task.merge(adapters, loaded.frozen)
+  return base._replace(
+    variables=variables,
+    config=config,
+    fingerprint=checkpoints.fingerprint(variables),
+  )
+
+
+def _fresh(config: ml_collections.ConfigDict, abstract: bool) -> Loaded:
   """The model of a config with fresh weights, or only with their shapes."""
-  task = tasks_base.build(config)
+  models = load(config.get("frozen", {}), abstract=abstract)
+  task = _build(config, models)
+  frozen = frozen_of(models)
   data = data_pipeline.DataPipeline.from_config(config.data, seed=config.seed)
-  spec = data.batch_spec(1)
-  init = jax.jit(lambda rng, batch: task.init(rng, batch, {}))
+  spec = data.batch_spec(config.eval_batch_size)
+  tables = jax.eval_shape(
+    lambda frozen, batch: task.prepare(frozen, [batch]), frozen, spec
+  )
+  init = jax.jit(task.init)
   rng = jax.random.key(config.seed)
   if abstract:
-    return Upstream(task, jax.eval_shape(init, rng, spec), "", None)
-  variables = init(
-    rng, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
+    variables = jax.eval_shape(init, rng, spec, {**frozen, **tables})
+    fingerprint = ""
+  else:
+    if tables:
+      batches = data.eval_batches(
+        "train", config.eval_batch_size, config.prepare_examples
+      )
+      tables = task.prepare(frozen, batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
+    variables = init(rng, zeros, {**frozen, **tables})
+    fingerprint = checkpoints.fingerprint(variables)
+  loaded = Loaded(
+    task, variables, {**frozen, **tables}, config, None, fingerprint
   )
-  return Upstream(task, variables, checkpoints.fingerprint(variables), None)
+  return _plain(loaded, models)

@@ -9,7 +9,7 @@ the trainer calls the hooks of `Task` and knows nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +109,29 @@ class CoupledTask(Task, Protocol):
     Pure: the same key draws the same.
     """
 
-  def coupled_loss(self, variables: Variables, outputs: PyTree) -> LossOutput:
+  def coupled_loss(
+    self, variables: Variables, frozen: Frozen, outputs: PyTree
+  ) -> LossOutput:
     """The objective from the outputs [B, ...] of the whole batch; pure.
 
     Parameters that it reads itself (a scale of the logits) get their gradient
     here; SAM does not perturb them.
+    """
+
+
+@runtime_checkable
+class AdaptedTask(Task, Protocol):
+  """A task whose parameters only adapt those of an upstream model, `base`.
+
+  Whoever loads such a model gets the plain one that it stands for
+  (upstream.py).
+  """
+
+  def merge(self, variables: Variables, frozen: Frozen) -> Variables:
+    """The variables of the plain model, as numpy arrays.
+
+    Bit for bit the same on every machine, since models are told apart by
+    fingerprints.
     """
 
 

@@ -101,7 +101,7 @@ class Task:
   ) -> base.LossOutput:
     del step
     outputs = self.encode(variables, frozen, batch, rng, train=train)
-    return self.coupled_loss(variables, outputs)
+    return self.coupled_loss(variables, frozen, outputs)
 
   def encode(
     self,
@@ -125,8 +125,12 @@ class Task:
     return {k: output[k] for k in ("image_embed", "text_embed")}
 
   def coupled_loss(
-    self, variables: base.Variables, outputs: dict[str, jax.Array]
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    outputs: dict[str, jax.Array],
   ) -> base.LossOutput:
+    del frozen
     params = variables["params"]
     if "logit_scale" not in params:
       raise errors.UserError(
