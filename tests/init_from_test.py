@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import random_variables
+from tests import random_models
 from unclip_jax import checkpoints, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
@@ -23,17 +23,6 @@ def smoke(name="prior", init=None, folder="emoji", **overrides):
   )
 
 
-def save_random(folder, config):
-  """A model folder with random arrays; {flat name: array}."""
-  run = trainer.setup(config)
-  tables = trainer._table_shapes(run)
-  shapes = trainer.state_shapes(run, {**run.frozen, **tables})
-  variables = {"params": random_variables.like_tree(shapes.params)}
-  tables = random_variables.like_tree(tables)
-  checkpoints.save_model(folder, run.config, variables, tables, {})
-  return trees.flatten({**variables, "tables": tables})
-
-
 def start(workdir, config):
   """(state, {flat name: array of it}) as a run begins."""
   workdir.mkdir(exist_ok=True)
@@ -47,7 +36,7 @@ def start(workdir, config):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("model")
-  return str(folder), save_random(folder, smoke())
+  return str(folder), random_models.save(folder, smoke())
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +123,7 @@ def test_a_model_of_another_upstream_is_refused(model, tmp_path):
 
 
 def test_an_inpainting_decoder_starts_from_a_plain_one(tmp_path):
-  plain = save_random(tmp_path / "plain", smoke("decoder"))
+  plain = random_models.save(tmp_path / "plain", smoke("decoder"))
   init = {"path": str(tmp_path / "plain")}
   config = smoke("decoder_inpainting", init, "ablations")
   with pytest.raises(errors.UserError) as error:

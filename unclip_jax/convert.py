@@ -1,9 +1,12 @@
 """Turn trained run folders into one model folder that can be shared.
 
   unclip convert --from runs --src runs/emoji --out runs/emoji/model
+  unclip convert --from lora --src runs/lora --out models/mine/decoder
 
 SRC holds a run folder for each part: clip, prior, decoder, upsampler_SIZE; no
-prior where the decoder was trained on text embeddings.
+prior where the decoder was trained on text embeddings. With `--from lora` SRC
+is one run of adapters (configs/lora.py), and OUT the part of a model that they
+make of the one that they adapt. `--from runs` takes such runs too.
 `--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
 must know.
 """
@@ -14,10 +17,10 @@ import os
 
 from absl import flags
 
-from unclip_jax import pipelines
+from unclip_jax import inference, pipelines
 from unclip_jax.utils import errors, programs
 
-FROM = flags.DEFINE_enum("from", "runs", ["runs"], "What SRC holds.")
+FROM = flags.DEFINE_enum("from", "runs", ["runs", "lora"], "What SRC holds.")
 SRC = flags.DEFINE_string("src", None, "Folder to read.", required=True)
 OUT = flags.DEFINE_string("out", None, "Model folder to write.", required=True)
 FIT_VARIANCE = flags.DEFINE_multi_string(
@@ -56,6 +59,10 @@ def run_folders(src: str) -> dict[str, str]:
 
 
 def main() -> None:
+  if FROM.value == "lora":
+    pipelines.save_part(inference.load(SRC.value), OUT.value)
+    print(f"the part is in {OUT.value}")
+    return
   pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(SRC.value))
   for name in FIT_VARIANCE.value:
     pipe.fit_variance(name)

@@ -134,14 +134,7 @@ class UnCLIPPipeline:
       with config.unlocked():
         for upstream_name in config.frozen:
           config.frozen[upstream_name].path = f"../{upstream_name}"
-      tables = {k: v for k, v in part.frozen.items() if k not in config.frozen}
-      checkpoints.save_model(
-        os.path.join(folder, name),
-        config,
-        part.variables,
-        tables,
-        _assets(part.assets_dir),
-      )
+      save_part(part._replace(config=config), os.path.join(folder, name))
     write_index(folder, self.parts)
 
   @property
@@ -611,6 +604,18 @@ class UnCLIPPipeline:
       return jax.device_get(sample(*weights, inputs, keys))
 
     return predict
+
+
+def save_part(part: inference.Loaded, folder: str) -> None:
+  """Writes one model as a part of a released model (safetensors)."""
+  upstream_names = part.config.get("frozen", {})
+  checkpoints.save_model(
+    folder,
+    part.config,
+    part.variables,
+    {k: v for k, v in part.frozen.items() if k not in upstream_names},
+    _assets(part.assets_dir),
+  )
 
 
 def write_index(folder: str, parts: Iterable[str]) -> None:
