@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from tests.interop import torch_karlo  # noqa: E402
-from unclip_jax.interop import karlo  # noqa: E402
+from unclip_jax.interop import karlo, parts  # noqa: E402
 from unclip_jax.models import prior as prior_model  # noqa: E402
 from unclip_jax.models import unet as unet_model  # noqa: E402
 from unclip_jax.utils import trees  # noqa: E402
@@ -18,7 +18,7 @@ from unclip_jax.utils import trees  # noqa: E402
 _RNG = np.random.default_rng(0)
 
 
-def _variables(part: karlo.Part, collection: str = "params"):
+def _variables(part: parts.Part, collection: str = "params"):
   flat = {
     k: v.load()
     for k, v in part.arrays.items()

@@ -27,6 +27,7 @@ import numpy as np
 
 from unclip_jax import tensor_files
 from unclip_jax.interop import correspondence as corr
+from unclip_jax.interop import parts
 from unclip_jax.models import prior as prior_model
 from unclip_jax.models import unet as unet_model
 from unclip_jax.tensor_files import LazyArray
@@ -37,24 +38,119 @@ Arrays = dict[str, LazyArray]
 
 _STEMS = ("diffusion_pytorch_model",)
 _TABLE = "tables.embedding_space."
+_CLIP = {"clip": {"path": "../clip"}}
 
 
-class Part(NamedTuple):
-  """One part of a model folder, not written yet.
+# --- Folders ------------------------------------------------------------------
 
-  Attributes:
-    config: config.json.
-    arrays: "params..." and "tables...".
+
+def convert_in(
+  src: str, out: str, *, image_encoder: str | None = None
+) -> list[str]:
+  """Writes every part that a folder in either layout holds.
+
+  Args:
+    image_encoder: folder of the CLIP's image tower, such as that of the image
+      variations; None: SRC's own, if it has one.
+
+  Returns:
+    Names of the parts, in their order.
+
+  Raises:
+    UserError: a file is missing or damaged, or is not Karlo's.
   """
+  if not os.path.isdir(src):
+    raise errors.UserError(f"there is no folder '{src}'")
+  if glob.glob(os.path.join(glob.escape(src), "*.ckpt")):
+    clip, others = _read_original_clip(src), read_original(src)
+  else:
+    clip = _read_clip(src, image_encoder)
+    readers = {"prior": read_prior, "decoder": read_decoder}
+    others = {
+      name: read(src)
+      for name, read in readers.items()
+      # The repository of image variations has no prior.
+      if name != "prior" or os.path.isdir(os.path.join(src, name))
+    }
+    upsampler = read_upsampler(src)
+    others[upsampler.config.name] = upsampler
+  _check_clip(clip, others)
+  fingerprint = parts.write(os.path.join(out, "clip"), clip)
+  for name, part in others.items():
+    if "clip" in part.config.frozen:
+      part.config.frozen.clip.fingerprint = fingerprint
+    parts.write(os.path.join(out, name), part)
+  return ["clip", *others]
 
-  config: Config
-  arrays: Arrays
+
+def _read_clip(src: str, image_encoder: str | None) -> parts.Part:
+  own = os.path.join(src, "image_encoder")
+  if image_encoder is None and os.path.isdir(own):
+    image_encoder = own
+  towers = [os.path.join(src, "text_encoder")]
+  if image_encoder is not None:
+    towers.append(image_encoder)
+  return clip_hf.read(*towers, tokenizer=os.path.join(src, "tokenizer"))
+
+
+def _read_original_clip(src: str) -> parts.Part:
+  return clip_openai.read(find(src, "ViT-*.pt"))
+
+
+def _check_clip(clip: parts.Part, others: Mapping[str, parts.Part]) -> None:
+  for name, part in others.items():
+    expected = part.config.model.get("text_width")
+    found = clip.config.model
+    if expected not in (None, found.text_width) or (
+      expected is not None and expected != found.embed_dim
+    ):
+      raise errors.UserError(
+        f"the {name} takes text states and embeddings of {expected} numbers, but"
+        f" this CLIP gives {found.text_width} and {found.embed_dim}: it belongs "
+        "to another model"
+      )
+
+
+def convert_out(model: str, out: str) -> None:
+  """Writes a model folder as diffusers' UnCLIPPipeline reads it.
+
+  With an image tower of the CLIP, also what its image variations need.
+
+  Raises:
+    UserError: there is no model, or it is not of Karlo's kind.
+  """
+  index: dict[str, Any] = {"_class_name": "UnCLIPPipeline"}
+  names = [
+    name
+    for name in sorted(os.listdir(model))
+    if os.path.isfile(os.path.join(model, name, "config.json"))
+  ]
+  for name in names:
+    stored = checkpoints.open_model(os.path.join(model, name))
+    if name == "clip":
+      clip_hf.write_towers(stored, out)
+      continue
+    for folder, written in export(name, stored.config, stored.arrays).items():
+      path = os.path.join(out, folder)
+      os.makedirs(path, exist_ok=True)
+      is_scheduler = folder.endswith("_scheduler")
+      file = "scheduler_config.json" if is_scheduler else "config.json"
+      with open(os.path.join(path, file), "w", encoding="utf-8") as f:
+        json.dump(written.config, f, indent=2)
+      if written.tensors:
+        tensor_files.write_safetensors(
+          os.path.join(path, f"{_STEMS[0]}.safetensors"),
+          written.tensors,
+          {"format": "pt"},
+        )
+      library = "unclip" if folder == "text_proj" else "diffusers"
+      index[folder] = [library, written.class_name]
 
 
 # --- In -----------------------------------------------------------------------
 
 
-def read_prior(src: str) -> Part:
+def read_prior(src: str) -> parts.Part:
   """The prior of a folder in the layout of diffusers.
 
   Raises:
@@ -84,7 +180,7 @@ def read_prior(src: str) -> Part:
   )
 
 
-def read_decoder(src: str) -> Part:
+def read_decoder(src: str) -> parts.Part:
   """The decoder and text_proj of a folder in the layout of diffusers."""
   fields = _read_config(src, "decoder", _DECODER_FIXED)
   projections = _read_config(src, "text_proj", {})
@@ -115,7 +211,7 @@ def read_decoder(src: str) -> Part:
   )
 
 
-def read_upsampler(src: str) -> Part:
+def read_upsampler(src: str) -> parts.Part:
   """Both super-resolution networks of a folder in the layout of diffusers."""
   first = _read_config(src, "super_res_first", _UPSAMPLER_FIXED)
   last = _read_config(src, "super_res_last", _UPSAMPLER_FIXED)
@@ -160,7 +256,7 @@ class OriginalShape(NamedTuple):
 
 def read_original(
   src: str, shape: OriginalShape | None = None
-) -> dict[str, Part]:
+) -> dict[str, parts.Part]:
   """`prior`, `decoder`, `upsampler_256` of a folder of .ckpt files.
 
   Raises:
@@ -171,7 +267,7 @@ def read_original(
   stats = corr.read(find(src, "*stats.th"))
   decoder = corr.read(find(src, "decoder-ckpt*.ckpt"))
   upsampler = corr.read(find(src, "*sr-ckpt*.ckpt"))
-  parts = [
+  found = [
     _prior(
       _original_prior_fields(prior, shape, src),
       # The released sampler clips at 10, that of diffusers at 5.
@@ -195,7 +291,7 @@ def read_original(
       src,
     ),
   ]
-  return {part.config.name: part for part in parts}
+  return {part.config.name: part for part in found}
 
 
 def find(folder: str, pattern: str) -> str:
@@ -219,9 +315,8 @@ def _prior(
   tensors: Arrays,
   layout: str,
   where: str,
-) -> Part:
-  config = _config("prior", "prior_diffusion", "prior", model)
-  config.task = dict(
+) -> parts.Part:
+  task = dict(
     process=dict(
       schedule="cosine",
       prediction="x_start",
@@ -246,7 +341,15 @@ def _prior(
   shapes |= {_TABLE + "mean": (D,), _TABLE + "std": (D,)}
   pairs = list(_prior_pairs(network, layout))
   arrays = corr.to_ours(pairs, tensors, shapes, where=where)
-  return Part(config, arrays | _is_unit())
+  config = parts.make_config(
+    "prior",
+    task_name="unclip_jax.tasks.prior_diffusion",
+    task=task,
+    model_name="unclip_jax.models.prior",
+    model=model,
+    frozen=_CLIP,
+  )
+  return parts.Part(config, arrays | _is_unit(), {})
 
 
 def _decoder(
@@ -255,9 +358,8 @@ def _decoder(
   tensors: Arrays,
   layout: str,
   where: str,
-) -> Part:
-  config = _config("decoder", "decoder", "unet", model)
-  config.task = dict(
+) -> parts.Part:
+  task = dict(
     process=dict(
       schedule="cosine", prediction="eps", variance="learned_range", **process
     ),
@@ -281,7 +383,15 @@ def _decoder(
   )
   pairs = list(_decoder_pairs(network, shapes, layout))
   arrays = corr.to_ours(pairs, tensors, shapes, where=where)
-  return Part(config, arrays | _raw_space(D))
+  config = parts.make_config(
+    "decoder",
+    task_name="unclip_jax.tasks.decoder",
+    task=task,
+    model_name="unclip_jax.models.unet",
+    model=model,
+    frozen=_CLIP,
+  )
+  return parts.Part(config, arrays | _raw_space(D), {})
 
 
 def _upsampler(
@@ -290,11 +400,8 @@ def _upsampler(
   tensors: Arrays,
   layout: str,
   where: str,
-) -> Part:
-  config = _config(
-    f"upsampler_{model['image_size']}", "upsampler", "unet", model
-  )
-  config.task = dict(
+) -> parts.Part:
+  task = dict(
     process=dict(
       schedule="cosine", prediction="eps", variance="fixed_small", **process
     ),
@@ -304,20 +411,15 @@ def _upsampler(
   network = unet_model.Model(**model)
   shapes = _upsampler_shapes(network)
   pairs = list(_upsampler_pairs(network, shapes, layout))
-  return Part(config, corr.to_ours(pairs, tensors, shapes, where=where))
-
-
-def _config(name: str, task: str, model_name: str, model: dict) -> Config:
-  return Config(
-    dict(
-      name=name,
-      seed=0,
-      task_name=f"unclip_jax.tasks.{task}",
-      model_name=f"unclip_jax.models.{model_name}",
-      model=model,
-      frozen=dict(),
-    )
+  arrays = corr.to_ours(pairs, tensors, shapes, where=where)
+  config = parts.make_config(
+    f"upsampler_{network.image_size}",
+    task_name="unclip_jax.tasks.upsampler",
+    task=task,
+    model_name="unclip_jax.models.unet",
+    model=model,
   )
+  return parts.Part(config, arrays, {})
 
 
 def _is_unit() -> Arrays:
