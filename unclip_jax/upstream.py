@@ -63,10 +63,9 @@ def _load_one(
     return _fresh(spec.untrained, abstract)
   if path.startswith(".."):
     path = os.path.normpath(os.path.join(beside, path))
-  if abstract:
-    return _fresh(checkpoints.load_config(path), abstract)
-  loaded = checkpoints.load_model(path)
-  check_fingerprint(name, spec, loaded.fingerprint, path)
+  loaded = checkpoints.load_model(path, abstract=abstract)
+  if not abstract:
+    check_fingerprint(name, spec, loaded.fingerprint, path)
   return Upstream(
     tasks_base.build(loaded.config),
     loaded.variables,
