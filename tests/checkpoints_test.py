@@ -631,6 +631,23 @@ class TestModels:
     groups = {".".join(n.split(".")[:2]) for n in asked if n[0] == "s"}
     assert groups == {"state.ema_params", "state.model_state"}
 
+  def test_shapes_alone_read_no_leaf(self, tmp_path, config, monkeypatch):
+    self._run(tmp_path / "run", config)
+    run = checkpoints.load_model(tmp_path / "run")
+    checkpoints.save_model(
+      tmp_path / "model", config, run.variables, run.tables, {}
+    )
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+      (run.variables, run.tables),
+    )
+    monkeypatch.setattr(checkpoints.ocp, "load", None)
+    monkeypatch.setattr(checkpoints.tensor_files._Getter, "__call__", None)
+    for folder in ("run", "model"):
+      model = checkpoints.load_model(tmp_path / folder, abstract=True)
+      assert (model.variables, model.tables) == shapes
+      assert model.fingerprint == ""
+
   def test_fingerprint_is_that_of_the_params(self):
     params = make_tree()["state"].params
     base = checkpoints.fingerprint({"params": params})

@@ -34,7 +34,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -438,8 +438,10 @@ class Checkpointer:
     self,
     step: int | None,
     select: Callable[[Iterable[str]], list[str]],
-    abstract: bool = False,
-  ) -> tuple[int, dict[str, Any]]:
+    *,
+    shapes_only: bool = False,
+  ) -> tuple[int, dict[str, np.ndarray]]:
+    """`restore_flat`; of shapes, arrays of zeros that take no memory."""
     self.wait()
     known = self.steps()
     if step is not None and step not in known:
@@ -458,10 +460,8 @@ class Checkpointer:
           shape, dtype, _ = leaves[name]
           zero = np.zeros((), jnp.dtype(dtype))
           wanted[name] = np.broadcast_to(zero, shape)  # takes no memory
-        if abstract:
-          return candidate, {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in wanted.items()
-          }
+        if shapes_only:
+          return candidate, wanted
         return candidate, _load_verified(folder, manifest, wanted)
       except _CorruptError as e:
         problems.append(f"{folder}: {e}")
@@ -849,58 +849,90 @@ def save_arrays(
   return found
 
 
-def load_model(
-  path: PathLike, *, abstract: bool = False, lazy: bool = False
-) -> LoadedModel:
-  """Loads a model folder, or the newest step of a run's workdir.
+class OpenModel(NamedTuple):
+  """What `open_model` finds."""
 
-  Of a run, the averaged parameters are taken where there are any.
+  config: ml_collections.ConfigDict
+  arrays: dict[str, tensor_files.LazyArray]  # by flat names, "params..." first
+  assets_dir: str
+  fingerprint: str | None  # as stored; a run stores none
 
-  Args:
-    abstract: give `jax.ShapeDtypeStruct`s in place of arrays, and no
-      fingerprint; no weights are read.
-    lazy: variables of a model folder are `LazyArray`s, whose bytes nobody has
-      compared with the fingerprint.
+
+def open_model(path: PathLike) -> OpenModel:
+  """Opens a model folder, or the newest step of a run's workdir.
+
+  A model folder's arrays are loaded one by one, a run's all at the first. Of a
+  run, the averaged parameters are taken where there are any.
 
   Raises:
     UserError: the folder holds neither, or what it holds is damaged.
   """
   folder = pathlib.Path(path)
   if (folder / _WEIGHTS).is_file():
-    flat, metadata = tensor_files.read_safetensors(folder / _WEIGHTS)
-    stored = metadata.get("fingerprint")
-    assets_dir = folder
+    arrays, metadata = tensor_files.read_safetensors(folder / _WEIGHTS)
+    stored, assets_dir = metadata.get("fingerprint"), folder
   elif (folder / "checkpoints").is_dir():
-    flat, stored = _read_run(folder / "checkpoints", abstract), None
-    assets_dir = folder / "assets"
+    arrays = _open_run(folder / "checkpoints")
+    stored, assets_dir = None, folder / "assets"
   else:
     raise UserError(
       f"there is no model in {path}: looked for {_WEIGHTS} (a model folder) and"
       " checkpoints/ (a run)"
     )
-  config = load_config(folder)
-  if not any(name.startswith("params.") for name in flat):
+  if not any(name.startswith("params.") for name in arrays):
     raise UserError(f"the model in {path} has no parameters")
+  return OpenModel(load_config(folder), arrays, str(assets_dir), stored)
+
+
+def load_model(
+  path: PathLike, *, abstract: bool = False, lazy: bool = False
+) -> LoadedModel:
+  """Loads a model folder, or the newest step of a run's workdir.
+
+  Args:
+    abstract: give `jax.ShapeDtypeStruct`s in place of arrays, and "" as the
+      fingerprint; no weights are read.
+    lazy: variables of a model folder are `LazyArray`s, whose bytes nobody has
+      compared with the fingerprint.
+
+  Raises:
+    UserError: as `open_model`, or the parameters are not those that were saved.
+  """
+  config, arrays, assets_dir, stored = open_model(path)
+  flat: dict[str, Any] = arrays
   if abstract:
-    flat = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in flat.items()}
+    flat = {
+      n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()
+    }
     stored = ""
   elif stored is None or not lazy:
-    flat = tensor_files.loaded(flat)
-    params = trees.unflatten(flat)["params"]
-    found = fingerprint({"params": params})
+    flat = tensor_files.loaded(arrays)
+    found = fingerprint({"params": trees.unflatten(flat)["params"]})
     if stored not in (None, found):
       raise UserError(
-        f"{folder / _WEIGHTS} is damaged: its parameters have the fingerprint"
-        f" {found}, but were saved with {stored}"
+        f"{pathlib.Path(path) / _WEIGHTS} is damaged: its parameters have the"
+        f" fingerprint {found}, but were saved with {stored}"
       )
     stored = found
   variables = trees.unflatten(flat)
   tables = tensor_files.loaded(variables.pop("tables", {}))
-  return LoadedModel(config, variables, tables, str(assets_dir), stored)
+  return LoadedModel(config, variables, tables, assets_dir, stored)
 
 
-def _read_run(directory: pathlib.Path, abstract: bool) -> dict[str, Any]:
+def _open_run(directory: pathlib.Path) -> dict[str, tensor_files.LazyArray]:
   """The variables and tables of the newest step, by the names of a model."""
+  read = functools.cache(functools.partial(_read_run, directory))
+  return {
+    name: tensor_files.LazyArray(
+      zeros.shape, zeros.dtype, functools.partial(lambda n: read()[n], name)
+    )
+    for name, zeros in _read_run(directory, shapes_only=True).items()
+  }
+
+
+def _read_run(
+  directory: pathlib.Path, *, shapes_only: bool = False
+) -> dict[str, np.ndarray]:
   ema, plain = "state.ema_params.", "state.params."
   others = {"state.model_state.": "", "tables.": "tables."}
 
@@ -909,7 +941,9 @@ def _read_run(directory: pathlib.Path, abstract: bool) -> dict[str, Any]:
     params = ema if any(n.startswith(ema) for n in names) else plain
     return [n for n in names if n.startswith((params, *others))]
 
-  _, flat = Checkpointer(directory)._restore_flat(None, select, abstract)
+  _, flat = Checkpointer(directory)._restore_flat(
+    None, select, shapes_only=shapes_only
+  )
   prefixes = {ema: "params.", plain: "params.", **others}
   return {
     new + name.removeprefix(old): leaf
