@@ -116,7 +116,7 @@ def test_super_resolution(num_layers, tmp_path):
     "super_res_first": torch_karlo.super_resolution(0, num_layers),
     "super_res_last": torch_karlo.super_resolution(1, num_layers),
   }
-  torch_karlo.save(tmp_path, **both)
+  torch_karlo.save(tmp_path, decoder=torch_karlo.decoder(), **both)
   part = karlo.read_upsampler(str(tmp_path))
   network = unet_model.Model(**part.config.model)
   x_t, low_res = _normal(1, 32, 32, 3), _normal(1, 8, 8, 3)

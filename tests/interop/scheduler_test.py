@@ -1,8 +1,4 @@
-"""Karlo's step rule: our ddpm against diffusers' UnCLIPScheduler.
-
-Theirs keeps its tables in float32, in which 1 - alphas_cumprod[0] is 0.05 %
-off: so is its last step. With its tables in float64 the two are equal.
-"""
+"""Karlo's step rule: our ddpm against diffusers' UnCLIPScheduler."""
 
 from __future__ import annotations
 
@@ -23,7 +19,6 @@ _KINDS = {
   "decoder_scheduler": ("eps", "learned_range", 1.0),
   "super_res_scheduler": ("eps", "fixed_small", 1.0),
 }
-_LEVEL = schedules.make_schedule("cosine").alphas_cumprod
 _RNG = np.random.default_rng(0)
 
 
@@ -34,10 +29,7 @@ def _normal(*shape: int) -> np.ndarray:
 def _scheduler(name: str, is_exact: bool) -> scheduling_unclip.UnCLIPScheduler:
   scheduler = torch_karlo.schedulers()[name]
   if is_exact:
-    betas = 1 - 1 / np.concatenate([[1.0], _LEVEL[:-1]]) * _LEVEL
-    scheduler.betas = torch.tensor(betas)
-    scheduler.alphas_cumprod = torch.tensor(_LEVEL)
-    scheduler.alphas = 1 - scheduler.betas
+    torch_karlo.make_exact(scheduler)
   return scheduler
 
 

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip import pipeline_unclip
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-from diffusers.schedulers import UnCLIPScheduler
+from diffusers.schedulers import UnCLIPScheduler, scheduling_unclip
+
+from tests import bpe_files
+from unclip_jax.diffusion import schedules
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-  """Weights of every parameter and buffer anew, none of them zero."""
+  """Draws every parameter and buffer anew, so that none is 0 or 1.
+
+  Matrices as narrow as torch's own: a network that is wider makes pictures that
+  hang on the last bit of a number.
+  """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, x in module.state_dict().items():
       if not x.is_floating_point():
         continue
       noise = torch.randn(x.shape, generator=generator)
-      fan_in = x[0].numel() if x.ndim > 1 else 1
       if x.ndim > 1 and x.shape[0] > 1:
-        x.copy_(noise / fan_in**0.5)
-      elif name.endswith(("norm.weight", "clip_std")) or "norm" in name:
-        x.copy_(1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise)
+        x.copy_(noise * 0.3 / x[0].numel() ** 0.5)
+      elif name == "clip_std":
+        x.copy_(1 + 0.1 * noise.abs())
+      elif "norm" in name and name.endswith("weight"):
+        x.copy_(1 + 0.1 * noise)
       else:
         x.copy_(0.1 * noise)
-      if name == "clip_std":
-        x.copy_(1 + 0.1 * noise.abs())
   return module.eval()
 
 
@@ -116,7 +127,109 @@ def schedulers() -> dict[str, UnCLIPScheduler]:
   }
 
 
+def make_exact(scheduler: UnCLIPScheduler) -> None:
+  """Gives a scheduler its tables in float64.
+
+  Theirs are float32, in which 1 - alphas_cumprod[0] is 0.05 % off: so is the
+  last step.
+  """
+  level = schedules.make_schedule("cosine").alphas_cumprod
+  betas = 1 - level / np.concatenate([[1.0], level[:-1]])
+  scheduler.alphas_cumprod = torch.tensor(level)
+  scheduler.betas, scheduler.alphas = torch.tensor(betas), 1 - betas
+
+
+def text_encoder(vocab_size: int) -> transformers.CLIPTextModelWithProjection:
+  config = transformers.CLIPTextConfig(
+    vocab_size=vocab_size,
+    hidden_size=32,
+    intermediate_size=64,
+    projection_dim=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    bos_token_id=vocab_size - 2,
+    eos_token_id=vocab_size - 1,
+    pad_token_id=0,
+  )
+  return randomize(transformers.CLIPTextModelWithProjection(config), 2)
+
+
+def image_encoder() -> transformers.CLIPVisionModelWithProjection:
+  config = transformers.CLIPVisionConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    projection_dim=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=24,
+    patch_size=8,
+  )
+  return randomize(transformers.CLIPVisionModelWithProjection(config), 3)
+
+
 def save(folder: pathlib.Path, **modules: torch.nn.Module) -> None:
   """Networks by the names of their folders, and all schedulers."""
   for name, module in {**modules, **schedulers()}.items():
     module.save_pretrained(folder / name)
+
+
+def save_model(folder: pathlib.Path) -> None:
+  """A whole Karlo: what both of its repositories hold, in one folder."""
+  bpe_files.write(folder / "tokenizer")
+  tokenizer = transformers.CLIPTokenizer.from_pretrained(
+    folder / "tokenizer", pad_token="!", model_max_length=77
+  )
+  tokenizer.save_pretrained(folder / "tokenizer")
+  processor = transformers.CLIPImageProcessorPil(
+    size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+  )
+  processor.save_pretrained(folder / "feature_extractor")
+  save(
+    folder,
+    text_encoder=text_encoder(len(tokenizer)),
+    image_encoder=image_encoder(),
+    prior=prior(),
+    text_proj=text_proj(),
+    decoder=decoder(),
+    super_res_first=super_resolution(0),
+    super_res_last=super_resolution(1),
+  )
+
+
+def load_pipeline(folder: pathlib.Path) -> pipeline_unclip.UnCLIPPipeline:
+  """diffusers' pipeline of a folder; its parts read by their own classes."""
+  classes = {
+    "prior": PriorTransformer,
+    "decoder": UNet2DConditionModel,
+    "text_proj": UnCLIPTextProjModel,
+    "super_res_first": UNet2DModel,
+    "super_res_last": UNet2DModel,
+    "text_encoder": transformers.CLIPTextModelWithProjection,
+    "tokenizer": transformers.CLIPTokenizer,
+    "prior_scheduler": UnCLIPScheduler,
+    "decoder_scheduler": UnCLIPScheduler,
+    "super_res_scheduler": UnCLIPScheduler,
+  }
+  pipe = pipeline_unclip.UnCLIPPipeline(
+    **{k: v.from_pretrained(folder / k) for k, v in classes.items()}
+  )
+  pipe.set_progress_bar_config(disable=True)
+  return pipe
+
+
+def inject_noise(monkeypatch: Any, noise: Sequence[np.ndarray]) -> None:
+  """Makes diffusers draw the given arrays, in the order of a pipeline's draws.
+
+  Args:
+    noise: of one stage after the other, `[num_sample_steps + 1, ...]` NHWC,
+      whose last entry nobody draws.
+  """
+
+  def draws() -> Iterator[torch.Tensor]:
+    for stage in noise:
+      for x in stage[:-1]:
+        yield torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
+
+  order = draws()
+  for module in (pipeline_unclip, scheduling_unclip):
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(order))

@@ -16,6 +16,7 @@ of ddpm, guidance 4 and 8, the empty caption in place of a dropped one.
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from unclip_jax import tensor_files
+from unclip_jax import checkpoints, tensor_files
+from unclip_jax.interop import clip_hf, clip_openai, parts
 from unclip_jax.interop import correspondence as corr
-from unclip_jax.interop import parts
 from unclip_jax.models import prior as prior_model
 from unclip_jax.models import unet as unet_model
 from unclip_jax.tensor_files import LazyArray
@@ -226,8 +227,10 @@ def read_upsampler(src: str) -> parts.Part:
     scale_shift_norm=False,
     low_res_resize="bicubic",
   )
+  drawn = corr.read_json(os.path.join(src, "decoder", "config.json"))
   return _upsampler(
     model,
+    first["sample_size"] // drawn["sample_size"],
     _read_process(src, "super_res", prediction="epsilon", variance=_FIXED),
     _prefixed(
       "super_res_first",
@@ -285,6 +288,7 @@ def read_original(
     ),
     _upsampler(
       _original_upsampler_fields(upsampler, shape, src),
+      shape.scale,
       dict(clip_x_start=1.0),
       upsampler,
       _ORIGINAL,
@@ -396,6 +400,7 @@ def _decoder(
 
 def _upsampler(
   model: dict[str, Any],
+  scale: int,
   process: dict[str, Any],
   tensors: Arrays,
   layout: str,
@@ -405,6 +410,7 @@ def _upsampler(
     process=dict(
       schedule="cosine", prediction="eps", variance="fixed_small", **process
     ),
+    scale=scale,
     separate_last_step=True,
     sample_options=dict(sampler="ddpm", num_sample_steps=7),
   )
