@@ -1,14 +1,23 @@
-"""Turn trained run folders into one model folder that can be shared.
+"""Turn run folders or public weights into models of ours, and back.
 
   unclip convert --from runs --src runs/emoji --out runs/emoji/model
   unclip convert --from lora --src runs/lora --out models/mine/decoder
+  unclip convert --from karlo --src DIR --out models/karlo --image_encoder DIR
+  unclip convert --from clip-hf --src DIR --out models/clip
+  unclip convert --from clip-openai --src ViT-L-14.pt --out models/clip
+  unclip convert --from open-clip --src DIR --out models/clip
+  unclip convert --to hf --src runs/emoji/clip --out DIR
+  unclip convert --to diffusers --src models/karlo --out DIR
 
-SRC holds a run folder for each part: clip, prior, decoder, upsampler_SIZE; no
-prior where the decoder was trained on text embeddings. With `--from lora` SRC
-is one run of adapters (configs/lora.py), and OUT the part of a model that they
-make of the one that they adapt. `--from runs` takes such runs too.
+runs: SRC holds a run folder for each part: clip, prior, decoder,
+upsampler_SIZE; no prior where the decoder was trained on text embeddings.
 `--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
-must know.
+must know. lora: SRC is one run of adapters (configs/lora.py), and OUT the part
+of a model that they make of the one that they adapt; `--from runs` takes such
+runs too. karlo: the folder of diffusers, or that of the original files. The
+others are described in unclip_jax/interop/. A converted CLIP is
+what `--config.frozen.clip.path` takes. Nothing is downloaded, and nothing that
+is in a file is run.
 """
 
 from __future__ import annotations
@@ -18,16 +27,40 @@ import os
 from absl import flags
 
 from unclip_jax import inference, pipelines
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs
 
-FROM = flags.DEFINE_enum("from", "runs", ["runs", "lora"], "What SRC holds.")
-SRC = flags.DEFINE_string("src", None, "Folder to read.", required=True)
-OUT = flags.DEFINE_string("out", None, "Model folder to write.", required=True)
+# Modules with a `convert_in`, and with a `convert_out`; imported when asked
+# for.
+_READERS = {
+  "karlo": "unclip_jax.interop.karlo",
+  "clip-hf": "unclip_jax.interop.clip_hf",
+  "clip-openai": "unclip_jax.interop.clip_openai",
+  "open-clip": "unclip_jax.interop.open_clip",
+}
+_WRITERS = {
+  "diffusers": "unclip_jax.interop.karlo",
+  "hf": "unclip_jax.interop.clip_hf",
+}
+
+FROM = flags.DEFINE_enum(
+  "from", None, ["runs", "lora", *_READERS], "What SRC holds; default: runs."
+)
+TO = flags.DEFINE_enum(
+  "to", None, list(_WRITERS), "The way back: what OUT is to hold; SRC is ours."
+)
+SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+IMAGE_ENCODER = flags.DEFINE_string(
+  "image_encoder",
+  None,
+  "Of karlo: folder of the vision tower (CLIPVisionModelWithProjection).",
+)
 FIT_VARIANCE = flags.DEFINE_multi_string(
   "fit_variance",
   [],
-  "A part whose ddpm sampler gets the analytic variance, estimated from its "
-  "training data; may be repeated.",
+  "Of runs: a part whose ddpm sampler gets the analytic variance, estimated "
+  "from its training data; may be repeated.",
 )
 
 
@@ -59,15 +92,31 @@ def run_folders(src: str) -> dict[str, str]:
 
 
 def main() -> None:
-  if FROM.value == "lora":
-    pipelines.save_part(inference.load(SRC.value), OUT.value)
-    print(f"the part is in {OUT.value}")
-    return
-  pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(SRC.value))
-  for name in FIT_VARIANCE.value:
-    pipe.fit_variance(name)
-  pipe.save_pretrained(OUT.value)
-  print(f"the model is in {OUT.value}")
+  src, out = SRC.value, OUT.value
+  if TO.value and FROM.value:
+    raise errors.UserError("give --from or --to, not both: --to reads ours")
+  if IMAGE_ENCODER.value and FROM.value != "karlo":
+    raise errors.UserError("--image_encoder goes with --from karlo")
+  if FIT_VARIANCE.value and (TO.value or FROM.value not in (None, "runs")):
+    raise errors.UserError("--fit_variance goes with --from runs")
+  if os.path.realpath(src) == os.path.realpath(out):
+    raise errors.UserError("SRC and OUT are one folder: write to another")
+  if TO.value:
+    config_lib.import_module(_WRITERS[TO.value]).convert_out(src, out)
+  elif FROM.value == "karlo":
+    karlo = config_lib.import_module(_READERS[FROM.value])
+    names = karlo.convert_in(src, out, image_encoder=IMAGE_ENCODER.value)
+    pipelines.write_index(out, names)
+  elif FROM.value in _READERS:
+    config_lib.import_module(_READERS[FROM.value]).convert_in(src, out)
+  elif FROM.value == "lora":
+    pipelines.save_part(inference.load(src), out)
+  else:
+    pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(src))
+    for name in FIT_VARIANCE.value:
+      pipe.fit_variance(name)
+    pipe.save_pretrained(out)
+  print(f"the model is in {out}")
 
 
 if __name__ == "__main__":

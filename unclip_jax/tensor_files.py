@@ -148,7 +148,7 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
       f"{path} is damaged, or holds more than tensors and was not run: get a "
       ".safetensors file"
     ) from e
-  except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+  except Exception as e:  # whatever a damaged file makes of the unpickler
     first = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise UserError(f"{path} is damaged, or not torch's: {first}") from e
   if isinstance(found, Mapping) and isinstance(
@@ -161,7 +161,7 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
     isinstance(tensor, torch.Tensor) for tensor in found.values()
   ):
     raise UserError(f"{path} holds no dictionary of tensors: is it a model?")
-  return {name: _lazy_tensor(tensor) for name, tensor in found.items()}
+  return {name: _lazy_tensor(x.detach()) for name, x in found.items()}
 
 
 def _lazy_tensor(tensor: Any) -> LazyArray:

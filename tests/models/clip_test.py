@@ -210,19 +210,20 @@ def test_pictures_are_standardised_by_mean_and_std(image, variables):
     encode(dataclasses.replace(MODEL, image_std=(1.0,) * 3), image)
 
 
-def test_mlp_of_the_vision_tower_alone(image):
+def test_mlps_of_the_towers(image):
   # Widths of ViT-bigG/14: their quotient is no binary fraction.
   model = dataclasses.replace(
     MODEL, vision_width=1664, vision_num_heads=16, vision_mlp_ratio=8192 / 1664
   )
-  params = jax.eval_shape(model.init, jax.random.key(0), image, TOKENS, MASK)[
-    "params"
-  ]
-  hidden = {
-    tower: params[tower]["block_0"]["mlp"]["dense_1"]["kernel"].shape[1]
-    for tower in ("vision", "text")
-  }
-  assert hidden == {"vision": 8192, "text": 64}
+  for text_mlp_ratio, text_hidden in ((None, 64), (3, 48)):
+    model = dataclasses.replace(model, text_mlp_ratio=text_mlp_ratio)
+    rng = jax.random.key(0)
+    params = jax.eval_shape(model.init, rng, image, TOKENS, MASK)["params"]
+    hidden = {
+      tower: params[tower]["block_0"]["mlp"]["dense_1"]["kernel"].shape[1]
+      for tower in ("vision", "text")
+    }
+    assert hidden == {"vision": 8192, "text": text_hidden}
 
 
 def test_user_mistakes(image):

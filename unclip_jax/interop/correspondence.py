@@ -216,7 +216,7 @@ def _load_theirs(pair: Pair, parts: Sequence[LazyArray]) -> np.ndarray:
 
 
 def find_tensors(folder: str, stems: Sequence[str]) -> dict[str, LazyArray]:
-  """The tensors of a folder's weights: STEM.safetensors, else STEM.bin.
+  """The tensors of a folder's weights: STEM.safetensors, else .bin, else .pt.
 
   Args:
     stems: file names without their ending, the first that is there counts;
@@ -226,7 +226,7 @@ def find_tensors(folder: str, stems: Sequence[str]) -> dict[str, LazyArray]:
   Raises:
     UserError: there are none, or they are damaged.
   """
-  for ending in ("safetensors", "bin"):
+  for ending in ("safetensors", "bin", "pt"):
     for stem in stems:
       path = os.path.join(folder, f"{stem}.{ending}")
       if os.path.isfile(path):
@@ -236,7 +236,7 @@ def find_tensors(folder: str, stems: Sequence[str]) -> dict[str, LazyArray]:
   raise errors.UserError(
     f"there are no weights in {folder}: looked for "
     + " and ".join(f"{stem}.safetensors" for stem in stems)
-    + ", and the same with .bin"
+    + ", and the same with .bin and .pt"
   )
 
 
@@ -249,7 +249,8 @@ def read(path: str) -> dict[str, LazyArray]:
 
 def _read_parts(index: str) -> dict[str, LazyArray]:
   folder = os.path.dirname(index)
-  files = set(read_json(index).get("weight_map", {}).values())
+  places = read_json(index).get("weight_map")
+  files = {str(x) for x in places.values()} if isinstance(places, dict) else ()
   if not files or any(os.path.basename(name) != name for name in files):
     raise errors.UserError(f"{index} is damaged: it names no files beside it")
   tensors: dict[str, LazyArray] = {}
@@ -269,7 +270,7 @@ def read_json(path: str) -> dict[str, Any]:
       fields = json.load(f)
   except OSError as e:
     raise errors.UserError(f"there is no {path}: is the folder whole?") from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise errors.UserError(f"{path} is damaged: {e}") from e
   if not isinstance(fields, dict):
     raise errors.UserError(f"{path} is damaged: it holds no fields")

@@ -27,6 +27,7 @@ import ml_collections
 import numpy as np
 
 from unclip_jax import checkpoints, tensor_files
+from unclip_jax.data import tokenizers
 from unclip_jax.interop import clip_hf, clip_openai, parts
 from unclip_jax.interop import correspondence as corr
 from unclip_jax.models import prior as prior_model
@@ -99,16 +100,14 @@ def _read_original_clip(src: str) -> parts.Part:
 
 
 def _check_clip(clip: parts.Part, others: Mapping[str, parts.Part]) -> None:
+  found = (clip.config.model.text_width, clip.config.model.embed_dim)
   for name, part in others.items():
     expected = part.config.model.get("text_width")
-    found = clip.config.model
-    if expected not in (None, found.text_width) or (
-      expected is not None and expected != found.embed_dim
-    ):
+    if expected is not None and found != (expected, expected):
       raise errors.UserError(
-        f"the {name} takes text states and embeddings of {expected} numbers, but"
-        f" this CLIP gives {found.text_width} and {found.embed_dim}: it belongs "
-        "to another model"
+        f"the {name} takes text states and embeddings of {expected} numbers, "
+        f"but this CLIP gives {found[0]} and {found[1]}: it belongs to another "
+        "model"
       )
 
 
@@ -120,24 +119,28 @@ def convert_out(model: str, out: str) -> None:
   Raises:
     UserError: there is no model, or it is not of Karlo's kind.
   """
-  index: dict[str, Any] = {"_class_name": "UnCLIPPipeline"}
   names = [
     name
-    for name in sorted(os.listdir(model))
+    for name in sorted(os.listdir(model) if os.path.isdir(model) else [])
     if os.path.isfile(os.path.join(model, name, "config.json"))
   ]
+  if not {"clip", "decoder"} <= set(names):
+    raise errors.UserError(
+      f"there is no whole model in '{model}': it needs the folders clip and "
+      "decoder"
+    )
+  index: dict[str, Any] = {"_class_name": "UnCLIPPipeline"}
   for name in names:
     stored = checkpoints.open_model(os.path.join(model, name))
     if name == "clip":
-      clip_hf.write_towers(stored, out)
+      index |= _write_clip(stored, out)
       continue
     for folder, written in export(name, stored.config, stored.arrays).items():
       path = os.path.join(out, folder)
       os.makedirs(path, exist_ok=True)
       is_scheduler = folder.endswith("_scheduler")
       file = "scheduler_config.json" if is_scheduler else "config.json"
-      with open(os.path.join(path, file), "w", encoding="utf-8") as f:
-        json.dump(written.config, f, indent=2)
+      _write_json(os.path.join(path, file), written.config)
       if written.tensors:
         tensor_files.write_safetensors(
           os.path.join(path, f"{_STEMS[0]}.safetensors"),
@@ -146,6 +149,51 @@ def convert_out(model: str, out: str) -> None:
         )
       library = "unclip" if folder == "text_proj" else "diffusers"
       index[folder] = [library, written.class_name]
+  if "prior" not in names:
+    index["_class_name"] = "UnCLIPImageVariationPipeline"
+  _write_json(os.path.join(out, "model_index.json"), index)
+
+
+def _write_clip(stored: checkpoints.OpenModel, out: str) -> dict[str, Any]:
+  """Both towers and the tokenizer; entries of the index."""
+  text = os.path.join(out, "text_encoder")
+  clip_hf.write(stored, text, "clip_text_model")
+  index = {
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+  }
+  tokenizer = os.path.join(out, "tokenizer")
+  os.makedirs(tokenizer, exist_ok=True)
+  for file in tokenizers.load(stored.assets_dir).assets():
+    os.replace(os.path.join(text, file), os.path.join(tokenizer, file))
+  _write_json(
+    os.path.join(tokenizer, "tokenizer_config.json"),
+    {
+      "tokenizer_class": "CLIPTokenizer",
+      "model_max_length": stored.config.model.context_length,
+      "pad_token": "!",
+      "bos_token": tokenizers.BPE_BEGIN,
+      "eos_token": tokenizers.BPE_END,
+      "unk_token": tokenizers.BPE_END,
+    },
+  )
+  if stored.config.model.vision_width is None:
+    return index
+  images = os.path.join(out, "image_encoder")
+  clip_hf.write(stored, images, "clip_vision_model")
+  processor = os.path.join(out, "feature_extractor")
+  os.makedirs(processor, exist_ok=True)
+  file = "preprocessor_config.json"
+  os.replace(os.path.join(images, file), os.path.join(processor, file))
+  return index | {
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+  }
+
+
+def _write_json(path: str, fields: Mapping[str, Any]) -> None:
+  with open(path, "w", encoding="utf-8") as f:
+    json.dump(fields, f, indent=2)
 
 
 # --- In -----------------------------------------------------------------------

@@ -194,7 +194,7 @@ class Model(nn.Module):
       None: there is no text tower, and nothing about texts is read.
     embed_dim: size of image_embed and text_embed.
     mlp_ratio: hidden width of the MLPs, in widths.
-    vision_mlp_ratio: that of the ViT; None: mlp_ratio.
+    vision_mlp_ratio, text_mlp_ratio: those of one tower; None: mlp_ratio.
     activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
     image_mean, image_std: RGB means and standard deviations of pictures in
       [0, 1], by which the ViT standardises its own; None: they enter in
@@ -220,6 +220,7 @@ class Model(nn.Module):
   embed_dim: int
   mlp_ratio: float = 4
   vision_mlp_ratio: float | None = None
+  text_mlp_ratio: float | None = None
   activation: str = "gelu"
   image_mean: tuple[float, ...] | None = None
   image_std: tuple[float, ...] | None = None
@@ -256,7 +257,7 @@ class Model(nn.Module):
         depth=self.text_depth,
         num_heads=self.text_num_heads,
         embed_dim=self.embed_dim,
-        mlp_ratio=self.mlp_ratio,
+        mlp_ratio=self.text_mlp_ratio or self.mlp_ratio,
         activation=self.activation,
         remat=self.remat,
         dtype=self.dtype,
