@@ -124,7 +124,8 @@ def test_the_base_brings_its_upstream_model_and_its_table(setup, parts):
   assert own.keys() == {"clip", "embedding_space"}
   clip = checkpoints.load_model(parts / "clip")
   jax.tree.map(np.testing.assert_array_equal, own["clip"], clip.variables)
-  assert run.data.tokenizer_path == f"{parts / 'prior'}/tokenizer.model"
+  tokenizer = str(parts / "prior" / "tokenizer.model")
+  assert run.data.assets() == {"tokenizer.model": tokenizer}
 
 
 def test_a_run_holds_the_adapters_alone(trained):
