@@ -1,17 +1,20 @@
 r"""Adapters (LoRA) on a trained model of any kind, in place of all its weights.
 
-  unclip train --config configs/lora.py:base=models/x/decoder \
+  unclip train --config configs/lora.py:base=models/x/decoder,pictures=DIR \
     --workdir runs/lora
   unclip convert --from lora --src runs/lora --out models/mine/decoder
 
-`base` is a run folder or a part of a released model; task, data and evaluators
-are those of its own config. The run's checkpoints hold the adapters alone. The
-second command adds them to the base: with OUT in a copy of a released model
-they take the place of that part. More kernels are adapted by
+`base` is a run folder or a part of a released model, whose own config gives the
+task. `pictures` is a folder of yours with captions (unclip_jax/data/folder.py);
+without it the base's own data are taken. The run's checkpoints hold the
+adapters alone. The second command adds them to the base: with OUT in a copy of
+a released model they take the place of that part. More kernels are adapted by
 `--config.model.pattern='\.kernel$'`, as a network without attention needs.
 """
 
 from __future__ import annotations
+
+import os
 
 import ml_collections
 
@@ -24,19 +27,23 @@ from unclip_jax.utils import errors
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  arg = config_lib.parse_arg(arg, base="", smoke=False)
+  arg = config_lib.parse_arg(arg, base="", pictures="", smoke=False)
   if arg.smoke:
     base = decoder.get_config("smoke")
   elif arg.base:
-    base = checkpoints.load_config(arg.base)
+    base = checkpoints.load_config(arg.base).unlock()
   else:
     raise errors.UserError(
       "name the model to adapt: --config configs/lora.py:base=FOLDER"
     )
   config = common.base()
   config.name = "lora"
-  config.data = base.data
-  config.evals = base.evals
+  config.data = _data(base, arg)
+  config.evals = base.get("evals") or dict(
+    loss=dict(type="unclip_jax.evaluators.mean", pred="loss", max_examples=256)
+  )
+  if arg.pictures:
+    common.evaluate_on(config, "train")  # nothing is held out
   config.frozen.base = dict(path=arg.base)
 
   config.task_name = "unclip_jax.tasks.lora"
@@ -54,3 +61,43 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.frozen.base.untrained = base
     common.smoke(config)
   return config
+
+
+def _data(
+  base: ml_collections.ConfigDict, arg: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+  """`config.data`: the base's own, or the pictures as the base takes them."""
+  if not arg.pictures and "data" in base:
+    return base.data
+  if not arg.pictures:
+    raise errors.UserError(
+      f"'{arg.base}' was converted, and names no data: give yours, as in "
+      f"configs/lora.py:base={arg.base},pictures=FOLDER"
+    )
+  preprocess = (
+    base.data.preprocess if "data" in base else _sizes(base, arg.base)
+  )
+  return ml_collections.ConfigDict(
+    dict(
+      source_name="unclip_jax.data.folder",
+      source=dict(folder=arg.pictures, holdout=0.0, flippable=False),
+      preprocess=preprocess,
+      tokenizer=None,
+    )
+  )
+
+
+def _sizes(base: ml_collections.ConfigDict, folder: str) -> dict[str, int]:
+  """Fields of Preprocess for a converted model, told by the networks' own."""
+  if "clip" in base.frozen:
+    path = os.path.join(folder, base.frozen.clip.path)
+    clip = checkpoints.load_config(path).model
+    return dict(
+      image_size=base.model.get("image_size", clip.image_size),
+      clip_image_size=clip.image_size,
+      context_length=clip.context_length,
+    )
+  size = base.model.image_size
+  if "context_length" in base.model:  # a CLIP
+    return dict(image_size=size, context_length=base.model.context_length)
+  return dict(image_size=size, low_res_size=size // base.task.get("scale", 4))

@@ -175,7 +175,9 @@ class UnCLIPPipeline:
     config = _data_config(part, "decoder").copy_and_resolve_references()
     with config.unlocked():
       config.preprocess.image_size = self.image_size
-      config.source.image_size = max(config.source.image_size, self.image_size)
+      if "image_size" in config.source:  # of a source that stores pictures
+        stored = max(config.source.image_size, self.image_size)
+        config.source.image_size = stored
     return data_pipeline.DataPipeline.from_config(
       config,
       seed=part.config.seed,

@@ -24,6 +24,7 @@ import ml_collections
 
 from unclip_jax import checkpoints, tensor_files
 from unclip_jax.data import pipeline as data_pipeline
+from unclip_jax.data import tokenizers
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.utils import errors
 
@@ -74,7 +75,7 @@ def load_model(
     stored.variables,
     {**frozen_of(models), **stored.tables},
     config,
-    stored.assets_dir,
+    _assets_dir(stored.assets_dir, models),
     stored.fingerprint,
   )
   return _plain(loaded, models)
@@ -143,6 +144,14 @@ def _build(
   config: ml_collections.ConfigDict, models: Mapping[str, Loaded]
 ) -> tasks_base.Task:
   return tasks_base.build(config, {k: m.task for k, m in models.items()})
+
+
+def _assets_dir(own: str, models: Mapping[str, Loaded]) -> str | None:
+  """A model's folder of assets; of one without a tokenizer its upstream's."""
+  files = os.listdir(own) if os.path.isdir(own) else []
+  if {tokenizers.SENTENCEPIECE_FILE, *tokenizers.BPE_FILES} & {*files}:
+    return own
+  return next((m.assets_dir for m in models.values() if m.assets_dir), None)
 
 
 def _plain(loaded: Loaded, models: Mapping[str, Loaded]) -> Loaded:

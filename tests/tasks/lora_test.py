@@ -1,13 +1,16 @@
 """Adapters on trained models: a prior with its CLIP, and a coupled toy."""
 
 import functools
+import pathlib
 import shutil
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import gradients_test, random_models, random_variables
 from unclip_jax import (
@@ -124,7 +127,8 @@ def test_the_base_brings_its_upstream_model_and_its_table(setup, parts):
   assert own.keys() == {"clip", "embedding_space"}
   clip = checkpoints.load_model(parts / "clip")
   jax.tree.map(np.testing.assert_array_equal, own["clip"], clip.variables)
-  assert run.data.tokenizer_path == f"{parts / 'prior'}/tokenizer.model"
+  tokenizer = str(parts / "prior" / "tokenizer.model")
+  assert run.data.assets() == {"tokenizer.model": tokenizer}
 
 
 def test_a_run_holds_the_adapters_alone(trained):
@@ -189,6 +193,44 @@ def test_shapes_need_no_weights(trained, parts):
     assert shapes.task == model.task
   config = lora_config(parts / "prior")
   assert f"total: {6 * 2 * 16 * 8 + 2 * 48 * 8:,} " in trainer.describe(config)
+
+
+def test_a_converted_base_has_no_data_and_no_tokenizer(parts, tmp_path):
+  base = tmp_path / "prior"
+  shutil.copytree(parts / "prior", base)
+  (tmp_path / "clip").symlink_to(parts / "clip")
+  (base / "tokenizer.model").unlink()
+  stored = checkpoints.load_config(base).to_dict()
+  clip = checkpoints.load_config(parts / "clip").model
+  known = ("name", "seed", "task_name", "task", "model_name", "model", "frozen")
+  stored = ml_collections.ConfigDict({k: stored[k] for k in known})
+  checkpoints.save_config(base, stored)
+  with pytest.raises(errors.UserError, match="names no data: give yours"):
+    lora_config(base)
+
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  Image.new("RGB", (9, 9)).save(pictures / "a.png")
+  (pictures / "a.txt").write_text("a red ring")
+  run = trainer.setup(lora_config(f"{base},pictures={pictures}"))
+  (asset,) = run.data.assets().values()
+  assert pathlib.Path(asset).samefile(parts / "clip" / "tokenizer.model")
+  batch = next(run.data.train_batches(0, 2))
+  side, L = clip.image_size, clip.context_length
+  assert batch["clip_image"].shape == (2, side, side, 3)
+  assert batch["text_tokens"].shape == (2, L)
+  adapters = run.task.init(jax.random.key(0), batch, run.frozen)
+  loss = run.task.loss(
+    adapters, run.frozen, batch, jax.random.key(0), step=0, train=True
+  ).loss
+  assert np.isfinite(loss).all()
+  # A base that was trained here keeps its evaluators and sizes.
+  config = f"configs/lora.py:base={parts / 'prior'},pictures={pictures}"
+  config = config_lib.load(config)
+  stored = checkpoints.load_config(parts / "prior")
+  assert config.data.preprocess == stored.data.preprocess
+  assert {*config.evals} == {*stored.evals}
+  assert all(config.evals[name].split == "train" for name in config.evals)
 
 
 def test_adapters_of_another_base_are_refused(trained, parts, tmp_path):

@@ -248,23 +248,23 @@ class _Examples:
 
   def train(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
     """One augmented example."""
-    example = self._preprocess.train_example(
-      self._pictures(index), self.records[index], rng
-    )
+    record = self.records[index]
+    pictures = self._pictures(index, record)
+    example = self._preprocess.train_example(pictures, record, rng)
     return _numbered(example, index, True)
 
   def evaluate(self, index: int, real: bool) -> dict[str, Any]:
     """One clean example; `real` is its `mask`."""
-    example = self._preprocess.eval_example(
-      self._pictures(index), self.records[index]
-    )
+    record = self.records[index]
+    pictures = self._pictures(index, record)
+    example = self._preprocess.eval_example(pictures, record)
     return _numbered(example, index, real)
 
-  def _pictures(self, index: int) -> dict[str, np.ndarray]:
+  def _pictures(self, index: int, record: Record) -> dict[str, np.ndarray]:
     # Two threads may decode the same picture at once: to the same pixels.
     pictures = self._cache.get(index)
     if pictures is None:
-      pictures = self._preprocess.resize(self.records[index])
+      pictures = self._preprocess.resize(record)
       if len(self._cache) < self._cache_entries:
         self._cache[index] = pictures
     return pictures

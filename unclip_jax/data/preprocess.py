@@ -6,12 +6,14 @@ Pillow's bicubic, which is antialiased: the filter grows with the reduction.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import warnings
+from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unclip_jax.data import degradations
 from unclip_jax.data.source import Record
@@ -21,6 +23,14 @@ from unclip_jax.utils.errors import UserError
 _MAX_PIXELS = 16_000_000
 _MAX_ASPECT = 16
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# What Pillow raises of files that are not whole.
+_DAMAGED = (
+  OSError,
+  ValueError,
+  SyntaxError,
+  Image.DecompressionBombError,
+  Image.DecompressionBombWarning,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +227,8 @@ def to_pil(image: np.ndarray) -> Image.Image:
 def decode(encoded: bytes, *, name: str) -> Image.Image:
   """Decodes a picture of at most 16 megapixels, transparency on white.
 
+  It is turned as its EXIF data says.
+
   Args:
     encoded: PNG, JPEG or WEBP.
     name: what messages call it.
@@ -227,25 +239,43 @@ def decode(encoded: bytes, *, name: str) -> Image.Image:
   Raises:
     UserError: it is damaged, too large, or of another format.
   """
+  picture = open_picture(io.BytesIO(encoded), name=name)
   try:
-    # Opening reads the header only; the size is checked before the pixels.
-    with warnings.catch_warnings():
-      warnings.simplefilter("error", Image.DecompressionBombWarning)
-      picture = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-    if picture.width * picture.height > _MAX_PIXELS:
-      raise UserError(
-        f"the picture {name!r} has {picture.width} x {picture.height} pixels,"
-        f" more than {_MAX_PIXELS}: scale it down first"
-      )
     picture.load()
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-          Image.DecompressionBombWarning) as e:  # fmt: skip
+  except _DAMAGED as e:
     raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+  # Whatever junk in EXIF data raises: the picture then stays as it lies.
+  with contextlib.suppress(Exception):
+    ImageOps.exif_transpose(picture, in_place=True)
   if picture.has_transparency_data:
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture)
   return picture.convert("RGB")
+
+
+def open_picture(file: IO[bytes], *, name: str) -> Image.Image:
+  """Opens a picture; reads its header, but no pixels.
+
+  Args:
+    file: PNG, JPEG or WEBP.
+    name: what messages call it.
+
+  Raises:
+    UserError: it is damaged, of more than 16 megapixels, or of another format.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("error", Image.DecompressionBombWarning)
+      picture = Image.open(file, formats=_FORMATS)
+  except _DAMAGED as e:
+    raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+  if picture.width * picture.height > _MAX_PIXELS:
+    raise UserError(
+      f"the picture {name!r} has {picture.width} x {picture.height} pixels,"
+      f" more than {_MAX_PIXELS}: scale it down first"
+    )
+  return picture
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
