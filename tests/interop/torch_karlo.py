@@ -41,11 +41,13 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
   return module.eval()
 
 
-def prior(num_heads: int = 2, num_layers: int = 1) -> PriorTransformer:
+def prior(
+  num_heads: int = 2, num_layers: int = 1, head_size: int = 8
+) -> PriorTransformer:
   return randomize(
     PriorTransformer(
       num_attention_heads=num_heads,
-      attention_head_dim=12,
+      attention_head_dim=head_size,
       num_layers=num_layers,
       embedding_dim=32,
       num_embeddings=77,
@@ -94,16 +96,18 @@ def decoder(
   )
 
 
-def super_resolution(seed: int, num_layers: int = 1) -> UNet2DModel:
+def super_resolution(
+  seed: int, num_layers: int = 1, num_levels: int = 2
+) -> UNet2DModel:
   return randomize(
     UNet2DModel(
       sample_size=32,
       in_channels=6,
       out_channels=3,
-      block_out_channels=(32, 64),
+      block_out_channels=(32, 64, 96)[:num_levels],
       layers_per_block=num_layers,
-      down_block_types=("ResnetDownsampleBlock2D",) * 2,
-      up_block_types=("ResnetUpsampleBlock2D",) * 2,
+      down_block_types=("ResnetDownsampleBlock2D",) * num_levels,
+      up_block_types=("ResnetUpsampleBlock2D",) * num_levels,
       add_attention=False,
       norm_num_groups=8,
     ),
