@@ -642,7 +642,7 @@ class TestModels:
       (run.variables, run.tables),
     )
     monkeypatch.setattr(checkpoints.ocp, "load", None)
-    monkeypatch.setattr(checkpoints.tensor_files._Getter, "__call__", None)
+    monkeypatch.setattr(checkpoints.tensor_files._Reader, "__call__", None)
     for folder in ("run", "model"):
       model = checkpoints.load_model(tmp_path / folder, abstract=True)
       assert (model.variables, model.tables) == shapes

@@ -906,17 +906,52 @@ def load_model(
     }
     stored = ""
   elif stored is None or not lazy:
-    flat = tensor_files.loaded(arrays)
-    found = fingerprint({"params": trees.unflatten(flat)["params"]})
-    if stored not in (None, found):
-      raise UserError(
-        f"{pathlib.Path(path) / _WEIGHTS} is damaged: its parameters have the"
-        f" fingerprint {found}, but were saved with {stored}"
-      )
-    stored = found
+    flat, stored = _load_all(arrays, stored, str(path))
   variables = trees.unflatten(flat)
   tables = tensor_files.loaded(variables.pop("tables", {}))
   return LoadedModel(config, variables, tables, assets_dir, stored)
+
+
+def load_variables(
+  model: LoadedModel | Any, where: str, convert: Callable[[np.ndarray], Any]
+) -> dict[str, PyTree]:
+  """The variables of a model that was loaded with `lazy`, one by one.
+
+  Args:
+    model: has `variables` and the `fingerprint` that they must have.
+    where: what a message calls its folder.
+    convert: what is kept of each array.
+
+  Raises:
+    UserError: the parameters are not those that were saved.
+  """
+  flat, _ = _load_all(
+    trees.flatten(model.variables), model.fingerprint, where, convert
+  )
+  return trees.unflatten(flat)
+
+
+def _load_all(
+  arrays: Mapping[str, Any],
+  stored: str | None,
+  where: str,
+  convert: Callable[[np.ndarray], Any] = lambda array: array,
+) -> tuple[dict[str, Any], str]:
+  """Loads arrays that may be lazy, and compares their fingerprint."""
+  digest = hashlib.sha256()
+  flat = {}
+  for name in sorted(arrays):
+    array = tensor_files.loaded(arrays[name])
+    if name.startswith("params."):
+      _add_to_fingerprint(digest, name.removeprefix("params."), array)
+    flat[name] = convert(array)
+  found = digest.hexdigest()[:16]
+  if stored not in (None, found):
+    raise UserError(
+      f"{pathlib.Path(where) / _WEIGHTS} is damaged: its parameters have the"
+      f" fingerprint {found}, but were saved with {stored}"
+    )
+  return flat, found
 
 
 def _open_run(directory: pathlib.Path) -> dict[str, tensor_files.LazyArray]:

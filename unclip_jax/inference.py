@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-from unclip_jax import tensor_files, upstream
+from unclip_jax import checkpoints, tensor_files, upstream
 
 Loaded = upstream.Loaded
 
@@ -41,13 +42,19 @@ def load(
     UserError: no such folder, or an upstream model with other weights than
       those that this model was trained with.
   """
-  model = upstream.load_model(path, given=upstream_models, lazy=lazy)
-  task, variables = model.task, model.variables
+  model = upstream.load_model(path, given=upstream_models, lazy=True)
   if compute_dtype is not None:
-    network = task.model.clone(dtype=compute_dtype)
-    task = dataclasses.replace(task, model=network)
-  if weights_dtype is not None:
-    variables = tensor_files.cast(variables, weights_dtype)
-  if not lazy:
-    variables = jax.device_put(variables)  # once, and not at every call
-  return model._replace(task=task, variables=variables)
+    network = model.task.model.clone(dtype=compute_dtype)
+    model = model._replace(task=dataclasses.replace(model.task, model=network))
+
+  def cast(x: Any) -> Any:
+    return x if weights_dtype is None else tensor_files.cast(x, weights_dtype)
+
+  if lazy:
+    return model._replace(variables=cast(model.variables))
+  # Onto the device once, and not at every call; leaf by leaf, so that no second
+  # copy of all is in memory.
+  variables = checkpoints.load_variables(
+    model, path, lambda x: jax.device_put(cast(x))
+  )
+  return model._replace(variables=variables)
