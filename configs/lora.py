@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
   config = common.base()
   config.name = "lora"
-  config.data = _data(base, arg)
+  config.data = data(base, arg.base, arg.pictures)
   config.evals = base.get("evals") or dict(
     loss=dict(type="unclip_jax.evaluators.mean", pred="loss", max_examples=256)
   )
@@ -63,24 +63,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return config
 
 
-def _data(
-  base: ml_collections.ConfigDict, arg: ml_collections.ConfigDict
+def data(
+  base: ml_collections.ConfigDict, folder: str, pictures: str
 ) -> ml_collections.ConfigDict:
-  """`config.data`: the base's own, or the pictures as the base takes them."""
-  if not arg.pictures and "data" in base:
+  """`config.data`: the base's own, or the pictures as the base takes them.
+
+  Args:
+    base: config of the model in `folder`.
+    pictures: a folder; "" = the base's own data.
+  """
+  if not pictures and "data" in base:
     return base.data
-  if not arg.pictures:
+  if not pictures:
     raise errors.UserError(
-      f"'{arg.base}' was converted, and names no data: give yours, as in "
-      f"configs/lora.py:base={arg.base},pictures=FOLDER"
+      f"'{folder}' was converted, and names no data: give yours, as in "
+      f"--config FILE:...,pictures=FOLDER"
     )
-  preprocess = (
-    base.data.preprocess if "data" in base else _sizes(base, arg.base)
-  )
+  preprocess = base.data.preprocess if "data" in base else _sizes(base, folder)
   return ml_collections.ConfigDict(
     dict(
       source_name="unclip_jax.data.folder",
-      source=dict(folder=arg.pictures, holdout=0.0, flippable=False),
+      source=dict(folder=pictures, holdout=0.0, flippable=False),
       preprocess=preprocess,
       tokenizer=None,
     )
