@@ -2,14 +2,16 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests import random_variables  # noqa: E402
 from tests.interop import tiny_clips  # noqa: E402
 from unclip_jax import checkpoints, trainer  # noqa: E402
-from unclip_jax.data import tokenizers  # noqa: E402
+from unclip_jax.data import preprocess, tokenizers  # noqa: E402
 from unclip_jax.interop import clip_hf  # noqa: E402
 from unclip_jax.utils import config as config_lib  # noqa: E402
 
@@ -38,6 +40,33 @@ def test_the_program_there_and_back(model, tmp_path, run_python):
   again = transformers.CLIPModel.from_pretrained(back)
   for name, tensor in model.state_dict().items():
     assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_a_clip_of_ours_is_the_same_in_transformers(tmp_path):
+  """With its own tokenizer, and pictures that enter in [-1, 1]."""
+  run = trainer.setup(config_lib.load("configs/emoji/clip.py:smoke"))
+  batch = next(iter(run.data.eval_batches("train", 4)))
+  variables = random_variables.like(run.task.init, batch, {})
+  ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+  checkpoints.save_model(ours, run.config, variables, {}, run.data.assets())
+  clip_hf.convert_out(ours, theirs)
+  clip = transformers.CLIPModel.from_pretrained(theirs)
+  processor = transformers.CLIPImageProcessorPil.from_pretrained(theirs)
+  pictures = [preprocess.to_pil(x / 2 + 0.5) for x in batch["image"]]
+  pixels = np.stack(processor(pictures)["pixel_values"])
+  with torch.no_grad():
+    text = clip.get_text_features(
+      torch.tensor(batch["text_tokens"]).long(),
+      torch.tensor(batch["text_mask"]).long(),
+    )
+    image = clip.get_image_features(torch.tensor(pixels))
+  output, _ = run.task.model.apply(
+    variables, batch["image"], batch["text_tokens"], batch["text_mask"]
+  )
+  for name, found in (("text_embed", text), ("image_embed", image)):
+    expected = np.asarray(output[name])
+    error = np.linalg.norm(found.pooler_output.numpy() - expected)
+    assert error < 1e-5 * np.linalg.norm(expected), name
 
 
 @pytest.mark.parametrize(
