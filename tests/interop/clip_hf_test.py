@@ -73,6 +73,9 @@ def test_there_and_back_is_the_same_to_the_bit(model, hf_folder, tmp_path):
   assert tokenizer(tiny_clips.TEXTS[0]).input_ids == [572, *_ids(back), 573]
   processor = transformers.CLIPImageProcessorPil.from_pretrained(back)
   assert processor.size["shortest_edge"] == 16
+  public = transformers.CLIPImageProcessorPil()
+  assert processor.image_mean == pytest.approx(public.image_mean)
+  assert processor.image_std == pytest.approx(public.image_std)
 
 
 def _ids(folder) -> list[int]:
