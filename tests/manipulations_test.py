@@ -154,6 +154,41 @@ def test_typographic_attack_shows_the_word_and_what_clip_makes_of_it(pipe):
   assert len(attacked.output.images) == 2
 
 
+def _with_clip(pipe, **changes):
+  clip = pipe.parts["clip"]._replace(**changes)
+  return pipelines.UnCLIPPipeline({**pipe.parts, "clip": clip})
+
+
+def test_a_clip_without_its_scale_is_taken_at_the_largest(pipe, monkeypatch):
+  monkeypatch.setattr(manipulations, "decode", lambda *args, **kwargs: None)
+  task, variables = pipe.parts["clip"].task, pipe.parts["clip"].variables
+
+  def probabilities(scale):
+    params = {**variables["params"], "logit_scale": scale}
+    if scale is None:
+      del params["logit_scale"]
+    model = task.model.copy(logit_scale_init=scale)
+    other = _with_clip(
+      pipe,
+      task=dataclasses.replace(task, model=model),
+      variables={"params": params},
+    )
+    labels = ["an apple", "a pig"]
+    attacked = other.typographic_attack(picture(0), "pig", labels)
+    return list(attacked.probabilities.values())
+
+  largest = probabilities(np.log(100).item())
+  assert probabilities(None) == pytest.approx(largest)
+  assert probabilities(0.0) != pytest.approx(largest)
+
+
+def test_without_a_vision_tower_there_are_no_variations(pipe):
+  task = pipe.parts["clip"].task
+  blind = dataclasses.replace(task, model=task.model.copy(vision_width=None))
+  with pytest.raises(errors.UserError, match="--image_encoder"):
+    _with_clip(pipe, task=blind).variations(picture(0))
+
+
 def test_three_decodings_see_what_their_names_say(pipe):
   outputs = pipe.three_decodings(["a red circle", "a ring"], seed=3)
   assert list(outputs) == ["caption", "text_embed", "prior"]

@@ -1,6 +1,7 @@
 """The pipeline with an autoregressive prior (tests/quickstart_test.py has the
 diffusion prior)."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,6 +54,41 @@ def test_an_ar_prior_has_no_steps_no_noise_and_no_sampler(pipe):
     draw(pipe, noise={**noise, "prior": noise["decoder"]})
   with pytest.raises(errors.UserError, match="lacks the stage 'decoder'"):
     draw(pipe, noise={"upsampler_64": noise["upsampler_64"]})
+
+
+def _changed(pipe, name, **fields):
+  """The pipeline with another network in one part."""
+  part = pipe.parts[name]
+  task = dataclasses.replace(part.task, model=part.task.model.copy(**fields))
+  return pipelines.UnCLIPPipeline(
+    {**pipe.parts, name: part._replace(task=task)}
+  )
+
+
+def test_texts_are_as_long_as_the_networks_take(pipe):
+  def length(pipe):
+    return pipe.tokenize(["a circle"])["text_tokens"].shape[1]
+
+  known = pipe.parts["prior"].task.model.context_length
+  assert length(pipe) == known
+  # A prior may have been trained on fewer tokens than its CLIP takes.
+  assert length(_changed(pipe, "prior", context_length=known - 3)) == known - 3
+  encoder = dict(context_length=known + 5)
+  assert length(_changed(pipe, "decoder", text_encoder=encoder)) == known + 5
+
+
+def test_a_converted_part_names_no_data(pipe):
+  parts = dict(pipe.parts)
+  for name in ("decoder", "upsampler_64"):
+    config = parts[name].config.copy_and_resolve_references()
+    with config.unlocked():
+      del config.data
+    parts[name] = parts[name]._replace(config=config)
+  converted = pipelines.UnCLIPPipeline(parts)
+  with pytest.raises(errors.UserError, match="decoder was converted"):
+    converted.data()
+  with pytest.raises(errors.UserError, match="upsampler_64 was converted"):
+    converted.fit_variance("upsampler_64")
 
 
 def test_guidance_of_the_prior_reaches_it(pipe):

@@ -853,7 +853,7 @@ class OpenModel(NamedTuple):
   """What `open_model` finds."""
 
   config: ml_collections.ConfigDict
-  arrays: dict[str, tensor_files.LazyArray]  # by flat names, "params..." first
+  arrays: dict[str, tensor_files.LazyArray]  # by their flat names
   assets_dir: str
   fingerprint: str | None  # as stored; a run stores none
 

@@ -73,6 +73,9 @@ def test_there_and_back_is_the_same_to_the_bit(model, hf_folder, tmp_path):
   assert tokenizer(tiny_clips.TEXTS[0]).input_ids == [572, *_ids(back), 573]
   processor = transformers.CLIPImageProcessorPil.from_pretrained(back)
   assert processor.size["shortest_edge"] == 16
+  public = transformers.CLIPImageProcessorPil()
+  assert processor.image_mean == pytest.approx(public.image_mean)
+  assert processor.image_std == pytest.approx(public.image_std)
 
 
 def _ids(folder) -> list[int]:
@@ -224,6 +227,7 @@ class TestLayouts:
 
   @pytest.mark.parametrize("file", ["preprocessor", "processor"])
   def test_standardisation(self, copy, file):
+    assert clip_hf.read(str(copy)).config.model.image_mean[0] == 0.48145466
     fields = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 1]}
     if file == "processor":
       fields = {"image_processor": fields}
@@ -231,6 +235,10 @@ class TestLayouts:
     model = clip_hf.read(str(copy)).config.model
     assert model.image_mean == (0.1, 0.2, 0.3)
     assert model.image_std == (0.5, 0.5, 1.0)
+    for damaged in ({"image_processor": 3}, {"image_std": [1, "a", 1]}):
+      (copy / f"{file}_config.json").write_text(json.dumps(damaged))
+      with pytest.raises(UserError, match="must be three numbers"):
+        clip_hf.read(str(copy))
 
   @pytest.mark.parametrize("form", ["json", "map", "gz"])
   def test_other_forms_of_the_tokenizer(self, hf_folder, copy, form):
@@ -297,7 +305,8 @@ class TestRefused:
         lambda x: x.update({"visual_projection.weight": torch.zeros(12, 21)}),
         r"visual_projection.weight has another shape, \[12, 21\]",
       ),
-      (lambda x: x.clear(), "and 69 more"),
+      (lambda x: x.pop("logit_scale"), "logit_scale is missing"),
+      (lambda x: x.clear(), "and 70 more"),
     ],
   )
   def test_tensors_that_do_not_fit(self, copy, change, words):

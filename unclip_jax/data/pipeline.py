@@ -73,7 +73,8 @@ class DataPipeline:
 
     Args:
       config_data: has source_name (a module with a `Source`), source and
-        preprocess (their fields), and optionally tokenizer (a path).
+        preprocess (their fields), and optionally tokenizer (a path, as
+        `tokenizers.load` takes it).
       seed: of the order and the augmentations.
       assets_dir: a folder with the tokenizer that must be used, such as that
         of a frozen CLIP; it wins over config.data.tokenizer.

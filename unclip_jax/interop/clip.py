@@ -107,14 +107,15 @@ def size(
 
 
 def channels(
-  fields: Mapping[str, Any], name: str, where: str, default: tuple[float, ...]
+  fields: Any, name: str, where: str, default: tuple[float, ...]
 ) -> tuple[float, ...]:
   """A number for each of R, G and B in a foreign config.
 
   Raises:
     UserError: it is something else.
   """
-  value = fields.get(name) or default
+  value = fields.get(name) if isinstance(fields, Mapping) else fields
+  value = value or default
   if (
     not isinstance(value, (list, tuple))
     or len(value) != 3

@@ -132,7 +132,7 @@ def read(*folders: str, tokenizer: str | None = None) -> parts.Part:
     assets = clip_parts.tokenizer_assets(
       folder, vocab_size=fields["vocab_size"], pad_token=_pad_token(folder)
     )
-  if "logit_scale" not in tensors:
+  if len(set(homes.values())) == len(towers):  # towers have no scale
     fields["logit_scale_init"] = None
   return clip_parts.make_part(
     fields, tensors, assets, pairs=pairs, where=where, ignored=_IGNORED
@@ -199,25 +199,19 @@ def _fields(
 
 def _standardisation(folder: str) -> dict[str, Any]:
   """`image_mean` and `image_std`, as the folder's image processor has them."""
-  path = os.path.join(folder, "preprocessor_config.json")
-  fields: Any = None
-  if os.path.isfile(path):
-    fields = correspondence.read_json(path)
-  elif os.path.isfile(os.path.join(folder, "processor_config.json")):
-    path = os.path.join(folder, "processor_config.json")
-    fields = correspondence.read_json(path).get("image_processor")
-  if fields is None:
-    logging.info(
-      "%s has no preprocessor_config.json: OpenAI's is meant", folder
-    )
-    fields = {}
-  defaults = {
-    "image_mean": clip_parts.IMAGE_MEAN,
-    "image_std": clip_parts.IMAGE_STD,
-  }
+  mean, std = clip_parts.IMAGE_MEAN, clip_parts.IMAGE_STD
+  fields: Any = {}
+  for name in ("preprocessor_config.json", "processor_config.json"):
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):
+      fields = correspondence.read_json(path)
+      fields = fields.get("image_processor", fields)
+      break
+  else:
+    logging.info("%s has no %s: OpenAI's is meant", folder, name)
   return {
-    name: clip_parts.channels(fields, name, path, default)
-    for name, default in defaults.items()
+    "image_mean": clip_parts.channels(fields, "image_mean", path, mean),
+    "image_std": clip_parts.channels(fields, "image_std", path, std),
   }
 
 
@@ -267,10 +261,9 @@ def write(
     )
   arrays = model.arrays
   if kind != "clip":
-    (tower,) = towers
-    others = {f"{t}_width": None for t in _SIZES if t != tower}
+    others = {f"{t}_width": None for t in _SIZES if t not in towers}
     network = dataclasses.replace(network, logit_scale_init=None, **others)
-    prefix = f"params.{tower}."
+    prefix = f"params.{towers[0]}."
     arrays = {k: v for k, v in arrays.items() if k.startswith(prefix)}
   tensors = correspondence.to_theirs(pairs(network), arrays, where="this CLIP")
 
@@ -293,7 +286,7 @@ def write(
     config["projection_dim"] = network.embed_dim
     config |= {f"{tower}_config": fields for tower, fields in configs.items()}
   else:
-    config |= configs[tower]
+    config |= configs[towers[0]]
   _write_json(path / "config.json", config)
 
 
