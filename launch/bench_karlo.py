@@ -8,7 +8,7 @@ with this project in turn, a stage after the other, for both models do not fit
 into memory at once. Prints a table of seconds and of peak memory; memory is
 that of a process of its own, which loads the stage and draws once.
 
-On CPU set XLA_FLAGS as PERFORMANCE in the README says.
+On CPU set XLA_FLAGS as the README says.
 """
 
 from __future__ import annotations

@@ -42,6 +42,16 @@ TILE_SIZE = flags.DEFINE_integer(
   "Pixels of a side that upsamplers see at once, for small memories.",
   1,
 )
+OFFLOAD = flags.DEFINE_bool(
+  "offload", False, "Keep only the stage that draws in memory."
+)
+_DTYPES = ("float32", "bfloat16")
+WEIGHTS_DTYPE = flags.DEFINE_enum(
+  "weights_dtype", None, _DTYPES, "Of the weights; default: as saved."
+)
+COMPUTE_DTYPE = flags.DEFINE_enum(
+  "compute_dtype", None, _DTYPES, "Of the networks' work; default: their own."
+)
 
 
 def read_prompts(path: str) -> list[str]:
@@ -68,7 +78,12 @@ def main() -> None:
     prompts += read_prompts(PROMPTS.value)
   if not prompts:
     raise errors.UserError("there is no prompt: give --prompt or --prompts")
-  pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
+  pipe = pipelines.UnCLIPPipeline.from_pretrained(
+    MODEL.value,
+    offload=OFFLOAD.value,
+    weights_dtype=WEIGHTS_DTYPE.value,
+    compute_dtype=COMPUTE_DTYPE.value,
+  )
   options = dict(
     prior_steps=PRIOR_STEPS.value,
     decoder_steps=DECODER_STEPS.value,
