@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import linear, norms
+from unclip_jax.layers import linear, norms, winograd
 
 
 def downsample(x: jax.Array) -> jax.Array:
@@ -32,6 +32,7 @@ conv3x3 = functools.partial(
   kernel_size=(3, 3),
   padding=((1, 1), (1, 1)),
   kernel_init=linear.lecun_normal,
+  conv_general_dilated=winograd.conv_general_dilated,
 )
 
 
