@@ -130,3 +130,30 @@ def test_width_that_heads_do_not_divide_is_an_error():
   layer = attention.SelfAttention(width=8, num_heads=3)
   with pytest.raises(errors.UserError, match="8 is not a multiple of 3 heads"):
     layer.init(jax.random.key(0), jnp.ones((1, 2, 8)))
+
+
+@pytest.mark.parametrize("mask", [None, (256,), (2, 1, 1, 256), (256, 256)])
+def test_one_head_after_the_other_is_the_same(mask):
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.standard_normal((2, 3, 256, 4), np.float32))
+    for _ in range(3)
+  )
+  if mask is not None:
+    mask = jnp.asarray(rng.random(mask) < 0.7)
+  kv = attention.KeyValue(k, v)
+
+  def loss(fn, q, kv):
+    return jnp.sum(jnp.sin(fn(q, kv, mask)))
+
+  for fn in (attention.attend, attention._attend_by_heads):
+    value, grads = jax.value_and_grad(loss, (1, 2))(fn, q, kv)
+    expected, expected_grads = jax.value_and_grad(loss, (1, 2))(
+      attention._attend_at_once, q, kv
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+      grads,
+      expected_grads,
+    )
