@@ -39,6 +39,9 @@ REFINEMENTS = flags.DEFINE_integer(
   "num_refinements", 0, "reconstruct: of each step of the inversion.", 0
 )
 ETA = flags.DEFINE_float("eta", 1.0, "variations: share of fresh noise.")
+FROM_NOISE = flags.DEFINE_bool(
+  "from_noise", False, "variations: not from the picture's own x_T."
+)
 FIXED_NOISE = flags.DEFINE_bool(
   "fixed_noise", False, "interpolate: one random x_T."
 )
@@ -88,6 +91,7 @@ def _variations(pipe: pipelines.UnCLIPPipeline) -> Images:
     *_images(),
     num_images=NUM_IMAGES.value,
     eta=ETA.value,
+    from_noise=FROM_NOISE.value,
     decoder_steps=STEPS.value,
     seed=SEED.value,
   ).images

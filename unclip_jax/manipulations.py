@@ -12,7 +12,7 @@ the square around the middle is taken. They come out in the pipeline's size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -185,22 +185,40 @@ def variations(
   *,
   num_images: int = 4,
   eta: float = 1.0,
-  guidance_scale: float = 1.0,
+  from_noise: bool = False,
+  guidance_scale: float | None = None,
   decoder_steps: int | None = None,
   seed: int = 0,
+  noise: Mapping[str, jax.Array] | None = None,
 ) -> PipelineOutput:
   """Pictures that share what CLIP sees in one (section 3.1, Fig. 3).
 
   Args:
     eta: 0 gives the picture itself; the larger, the more is drawn anew.
+    from_noise: start from noise in place of the picture's own x_T, with the
+      decoder's own sampler, as Karlo's image variations do; without eta.
+    guidance_scale: of the image embedding; None: 1, from noise the decoder's
+      own.
+    noise: from noise, in place of every draw (UnCLIPPipeline.__call__).
   """
+  if from_noise:
+    batch = {
+      **_text(pipe, None, num_images),
+      "image_embed": _image_embed(pipe, [image]).repeat(num_images, axis=0),
+    }
+    options = {
+      "guidance_scale": guidance_scale,
+      "num_sample_steps": decoder_steps,
+      "use_text": False,
+    }
+    return _draw(pipe, batch, options, {}, seed, num_images, noise)
   latents = encode(pipe, [image], decoder_steps=decoder_steps)
   return decode(
     pipe,
     latents.image_embed.repeat(num_images, axis=0),
     x_T=latents.x_T.repeat(num_images, axis=0),
     eta=eta,
-    guidance_scale=guidance_scale,
+    guidance_scale=1.0 if guidance_scale is None else guidance_scale,
     decoder_steps=decoder_steps,
     seed=seed,
   )
@@ -572,6 +590,7 @@ def _draw(
   arrays: dict[str, dict[str, np.ndarray]],
   seed: int,
   batch_size: int,
+  noise: Mapping[str, jax.Array] | None = None,
 ) -> PipelineOutput:
   """Decoder and upsamplers; the prior before them, where no z_i is given."""
   stages: dict[str, dict[str, Any]] = {"decoder": decoder_options}
@@ -579,7 +598,12 @@ def _draw(
     stages = {"prior": {}, **stages}
   stages |= {name: {} for name in pipe.upsamplers}
   output = pipe.draw(
-    batch, stages, arrays=arrays, seed=seed, batch_size=batch_size
+    batch,
+    stages,
+    arrays=arrays,
+    seed=seed,
+    batch_size=batch_size,
+    noise=noise,
   )
   return output._replace(images=[preprocess.to_pil(x) for x in output.images])
 

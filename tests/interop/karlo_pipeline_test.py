@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -104,7 +105,38 @@ def test_any_sampler_may_be_taken(sampler, pipe):
   assert output.images[0].size == (32, 32)
 
 
-def test_a_picture_is_varied(pipe):
+@pytest.mark.parametrize("scale", [8.0, 1.0])
+def test_variations_are_those_of_diffusers(scale, folders, pipe, monkeypatch):
+  rng = np.random.default_rng(0)
+  picture = Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8))
+  noise = _noise(1, 1, 4, 3)
+  del noise["prior"]
+  theirs = torch_karlo.load_variations(folders[0])
+  torch_karlo.inject_noise(monkeypatch, list(noise.values()))
+  expected = theirs(
+    picture,
+    decoder_num_inference_steps=4,
+    super_res_num_inference_steps=3,
+    decoder_guidance_scale=scale,
+    output_type="np",
+  ).images
+  monkeypatch.setitem(
+    pipe.parts["upsampler_32"].task.sample_options, "num_sample_steps", 3
+  )
+  output = pipe.variations(
+    picture,
+    num_images=1,
+    from_noise=True,
+    guidance_scale=scale,
+    decoder_steps=4,
+    noise=noise,
+  )
+  ours = np.asarray(output.images[0], np.float32)
+  # Half a step of the bytes, and the bound of the numbers behind them.
+  assert np.abs(ours - 255 * expected[0]).max() < 1.5
+
+
+def test_a_picture_is_varied_from_its_own_noise(pipe):
   picture = np.random.default_rng(0).random((40, 30, 3))
   output = pipe.variations(picture, num_images=2, decoder_steps=3)
   assert len(output.images) == 2

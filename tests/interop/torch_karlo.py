@@ -10,7 +10,10 @@ import numpy as np
 import torch
 import transformers
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
-from diffusers.pipelines.deprecated.unclip import pipeline_unclip
+from diffusers.pipelines.deprecated.unclip import (
+  pipeline_unclip,
+  pipeline_unclip_image_variation,
+)
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.schedulers import UnCLIPScheduler, scheduling_unclip
 
@@ -200,25 +203,43 @@ def save_model(folder: pathlib.Path) -> None:
   )
 
 
-def load_pipeline(folder: pathlib.Path) -> pipeline_unclip.UnCLIPPipeline:
-  """diffusers' pipeline of a folder; its parts read by their own classes."""
-  classes = {
-    "prior": PriorTransformer,
-    "decoder": UNet2DConditionModel,
-    "text_proj": UnCLIPTextProjModel,
-    "super_res_first": UNet2DModel,
-    "super_res_last": UNet2DModel,
-    "text_encoder": transformers.CLIPTextModelWithProjection,
-    "tokenizer": transformers.CLIPTokenizer,
-    "prior_scheduler": UnCLIPScheduler,
-    "decoder_scheduler": UnCLIPScheduler,
-    "super_res_scheduler": UnCLIPScheduler,
-  }
-  pipe = pipeline_unclip.UnCLIPPipeline(
-    **{k: v.from_pretrained(folder / k) for k, v in classes.items()}
-  )
+_SHARED = {
+  "decoder": UNet2DConditionModel,
+  "text_proj": UnCLIPTextProjModel,
+  "super_res_first": UNet2DModel,
+  "super_res_last": UNet2DModel,
+  "text_encoder": transformers.CLIPTextModelWithProjection,
+  "tokenizer": transformers.CLIPTokenizer,
+  "decoder_scheduler": UnCLIPScheduler,
+  "super_res_scheduler": UnCLIPScheduler,
+}
+
+
+def _load(kind: Any, folder: pathlib.Path, **more: Any) -> Any:
+  """A pipeline whose parts are read by their own classes."""
+  classes = {**_SHARED, **more}
+  pipe = kind(**{k: v.from_pretrained(folder / k) for k, v in classes.items()})
   pipe.set_progress_bar_config(disable=True)
   return pipe
+
+
+def load_pipeline(folder: pathlib.Path) -> pipeline_unclip.UnCLIPPipeline:
+  return _load(
+    pipeline_unclip.UnCLIPPipeline,
+    folder,
+    prior=PriorTransformer,
+    prior_scheduler=UnCLIPScheduler,
+  )
+
+
+def load_variations(folder: pathlib.Path) -> Any:
+  """diffusers' UnCLIPImageVariationPipeline."""
+  return _load(
+    pipeline_unclip_image_variation.UnCLIPImageVariationPipeline,
+    folder,
+    image_encoder=transformers.CLIPVisionModelWithProjection,
+    feature_extractor=transformers.CLIPImageProcessorPil,
+  )
 
 
 def inject_noise(monkeypatch: Any, noise: Sequence[np.ndarray]) -> None:
@@ -235,5 +256,6 @@ def inject_noise(monkeypatch: Any, noise: Sequence[np.ndarray]) -> None:
         yield torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
 
   order = draws()
-  for module in (pipeline_unclip, scheduling_unclip):
+  pipelines = (pipeline_unclip, pipeline_unclip_image_variation)
+  for module in (*pipelines, scheduling_unclip):
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(order))
