@@ -57,7 +57,8 @@ def _config(folders, name: str, *more: str):
   return config
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# The decoder, which takes a minute to compile, starts below with adapters.
+@pytest.mark.parametrize("name", ["prior", "upsampler_32"])
 def test_a_run_starts_where_the_public_weights_are(folders, name, tmp_path):
   config = _config(folders, name)
   config.optim.learning_rate = 0.0
