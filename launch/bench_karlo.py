@@ -163,11 +163,12 @@ def ours(model: pathlib.Path, stage: str, steps: int) -> Draw:
   from unclip_jax import inference, pipelines
 
   names = ["clip", "decoder", *({stage} - {"decoder"})]
-  lazy = {name for name in names if name not in ("clip", stage)}
+  # What a pipeline must have and this stage does not read stays in its file.
+  read = {stage} if stage.startswith("upsampler") else {"clip", stage}
   parts: dict[str, Any] = {}
   for name in names:
     parts[name] = inference.load(
-      str(model / name), upstream_models=parts, lazy=name in lazy
+      str(model / name), upstream_models=parts, lazy=name not in read
     )
   pipe = pipelines.UnCLIPPipeline(parts)
   batch = dict(pipe.tokenize([PROMPT]))

@@ -462,6 +462,7 @@ class UnCLIPPipeline:
           inputs[i]["image_embed"] = np.asarray(output["image_embed"])
         else:
           inputs[i]["low_res"] = np.asarray(output["image"])
+      del weights  # of an offloaded stage, before the next one's are loaded
       seconds[name] = time.monotonic() - start
     return PipelineOutput(
       np.concatenate([x["low_res"] for x in inputs])[:N] / 2 + 0.5,
