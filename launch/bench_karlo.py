@@ -182,7 +182,7 @@ def ours(model: pathlib.Path, stage: str, steps: int) -> Draw:
   options = pipe.options(stage, {"num_sample_steps": steps})
 
   def draw() -> Any:
-    weights = pipe._weights(stage)
+    weights = pipe.weights(stage)
     return pipe._run(
       stage, weights, batch, None, options, {"noise": jnp.asarray(noise)}, None
     )

@@ -124,7 +124,7 @@ def encode(
 
   key = ("invert", prompts is not None, steps, num_refinements)
   run = pipe.jitted(key, invert)
-  x_T = run(*tensor_files.loaded((decoder.variables, decoder.frozen)), batch)
+  x_T = run(*pipe.weights("decoder"), batch)
   return Latents(batch["image_embed"], np.asarray(x_T))
 
 

@@ -205,17 +205,15 @@ class UnCLIPPipeline:
     encode = self.jitted(
       "encode_image", lambda: jax.jit(clip.task.encode_image)
     )
-    return np.asarray(encode(tensor_files.loaded(clip.variables), images))
+    variables, _ = self.weights("clip")
+    return np.asarray(encode(variables, images))
 
   def encode_text(self, text: Mapping[str, np.ndarray]) -> np.ndarray:
     """`text_embed` [N, D] of what `tokenize` returned."""
     clip = self.parts["clip"]
     encode = self.jitted("encode_text", lambda: jax.jit(clip.task.encode_text))
-    text_embed, _ = encode(
-      tensor_files.loaded(clip.variables),
-      text["text_tokens"],
-      text["text_mask"],
-    )
+    variables, _ = self.weights("clip")
+    text_embed, _ = encode(variables, text["text_tokens"], text["text_mask"])
     return np.asarray(text_embed)
 
   def train_image_embeds(self, num_examples: int) -> np.ndarray:
@@ -268,8 +266,7 @@ class UnCLIPPipeline:
     with progress.Progress(f"variance of {name}", num_batches) as bar:
       table = tasks_base.fit_x_start_mse(
         part.task,
-        tensor_files.loaded(part.variables),
-        tensor_files.loaded(part.frozen),
+        *self.weights(name),
         _counted(itertools.islice(batches, num_batches), bar),
         jax.random.key(seed),
       )
@@ -443,7 +440,7 @@ class UnCLIPPipeline:
     ]
     for name in options:
       start = time.monotonic()
-      weights = self._weights(name)
+      weights = self.weights(name)
       for i, rows in enumerate(batches):
         keys = _keys(jax.random.key(seed), jnp.asarray(indices[rows]))
         output = self._run(
@@ -471,7 +468,7 @@ class UnCLIPPipeline:
       seconds,
     )
 
-  def _weights(self, name: str) -> tuple[Any, Any]:
+  def weights(self, name: str) -> tuple[Any, Any]:
     """Variables and frozen variables of a part, in memory."""
     part = self.parts[name]
     return jax.device_put(tensor_files.loaded((part.variables, part.frozen)))
@@ -567,7 +564,7 @@ class UnCLIPPipeline:
     """
     clip = self.parts["clip"]
     embed = jax.jit(clip.task.predict_fns()["embed"])
-    variables, _ = self._weights("clip")
+    variables, _ = self.weights("clip")
     key = jax.random.key(seed)
     stages: dict[str, dict[str, Any]] = {name: {} for name in self._stages}
 
@@ -599,7 +596,7 @@ class UnCLIPPipeline:
     """The prior's draw for each row, by the row's own key."""
     prior = self.parts["prior"]
     sample = jax.jit(prior.task.predict_fns()["sample"])
-    weights = self._weights("prior")
+    weights = self.weights("prior")
 
     def predict(batch: Arrays) -> Arrays:
       inputs = {k: batch[k] for k in ("clip_image", "text_tokens", "text_mask")}

@@ -223,7 +223,7 @@ def read_prior(src: str) -> parts.Part:
   return _prior(
     model,
     _read_process(src, "prior", prediction="sample", variance=_FIXED),
-    _prefixed("prior", corr.find_tensors(os.path.join(src, "prior"), _STEMS)),
+    _tensors(src, "prior"),
     _DIFFUSERS,
     src,
   )
@@ -249,12 +249,7 @@ def read_decoder(src: str) -> parts.Part:
   return _decoder(
     model,
     _read_process(src, "decoder", prediction="epsilon", variance=_LEARNED),
-    _prefixed(
-      "decoder", corr.find_tensors(os.path.join(src, "decoder"), _STEMS)
-    )
-    | _prefixed(
-      "text_proj", corr.find_tensors(os.path.join(src, "text_proj"), _STEMS)
-    ),
+    _tensors(src, "decoder", "text_proj"),
     _DIFFUSERS,
     src,
   )
@@ -280,14 +275,7 @@ def read_upsampler(src: str) -> parts.Part:
     model,
     first["sample_size"] // drawn["sample_size"],
     _read_process(src, "super_res", prediction="epsilon", variance=_FIXED),
-    _prefixed(
-      "super_res_first",
-      corr.find_tensors(os.path.join(src, "super_res_first"), _STEMS),
-    )
-    | _prefixed(
-      "super_res_last",
-      corr.find_tensors(os.path.join(src, "super_res_last"), _STEMS),
-    ),
+    _tensors(src, "super_res_first", "super_res_last"),
     _DIFFUSERS,
     src,
   )
@@ -500,6 +488,15 @@ def _upsampler_shapes(network: unet_model.Model) -> dict[str, tuple]:
   return shapes | last
 
 
+def _tensors(src: str, *folders: str) -> Arrays:
+  """Of networks in the layout of diffusers; names begin with the folder's."""
+  found: Arrays = {}
+  for name in folders:
+    tensors = corr.find_tensors(os.path.join(src, name), _STEMS)
+    found |= _prefixed(name, tensors)
+  return found
+
+
 def _prefixed(prefix: str, tensors: Mapping[str, LazyArray]) -> Arrays:
   return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
@@ -636,9 +633,12 @@ def _unet_fields(
 _DIFFUSERS, _ORIGINAL = 0, 1
 
 # Kind, our layer, its name in diffusers, its original name.
-_PRIOR_LAYERS = (
+_TIME_LAYERS = (
   ("dense", "time_embed.dense_1", "time_embedding.linear_1", "time_embed.0"),
   ("dense", "time_embed.dense_2", "time_embedding.linear_2", "time_embed.2"),
+)
+_PRIOR_LAYERS = (
+  *_TIME_LAYERS,
   ("dense", "x_proj", "proj_in", "clip_img_proj"),
   ("dense", "text_embed_proj", "embedding_proj", "text_emb_proj"),
   (
@@ -674,9 +674,8 @@ _PROJECTIONS = (
   ("norm", "text_ln", "text_encoder_hidden_states_norm", "text_seq_proj.1"),
 )
 _UNET_LAYERS = (
+  *_TIME_LAYERS,
   ("conv", "conv_in", "conv_in", "input_blocks.0.0"),
-  ("dense", "time_embed.dense_1", "time_embedding.linear_1", "time_embed.0"),
-  ("dense", "time_embed.dense_2", "time_embedding.linear_2", "time_embed.2"),
   ("norm", "norm_out", "conv_norm_out", "out.0"),
   ("conv", "conv_out", "conv_out", "out.2"),
 )
