@@ -4,6 +4,28 @@ from __future__ import annotations
 
 import ml_collections
 
+# Where the parameters of all networks lie (unclip_jax/partitioning.py). Over
+# `tensor` the first layer of a pair is split by its outputs and the second by
+# its inputs, so that one sum a pair is communicated (Shoeybi et al. 2019, arXiv
+# 1909.08053, section 3).
+SHARDING = (
+  (
+    r"\.(query|key|value|context_key|context_value|dense_1)\.kernel$",
+    ("fsdp", "tensor"),
+  ),
+  (
+    r"\.(query|key|value|context_key|context_value|dense_1)\.bias$",
+    ("tensor",),
+  ),
+  (r"\.(attn\.out|dense_2)\.kernel$", ("tensor", "fsdp")),
+  (r"\.conv_1\.kernel$", (None, None, "fsdp", "tensor")),
+  (r"\.conv_1\.bias$", ("tensor",)),
+  (r"\.conv_2\.kernel$", (None, None, "tensor", "fsdp")),
+  # Too small to be worth a collective of their own.
+  (r"(^|\.)(bias|scale)$", "replicate"),
+  (r".*", "fsdp"),
+)
+
 
 def base() -> ml_collections.ConfigDict:
   """The fields that trainer.py and its parts read; a config changes lines."""
@@ -23,7 +45,12 @@ def base() -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=1000, keep=2)
 
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sharding = ((r".*", "fsdp"),)  # whole where the axis fsdp is 1
+  config.parallel = "jit"  # or "pmap": a replica on each device
+  config.sharding = SHARDING
+  config.optimizer_sharding = None  # rules of its own, or as the parameters
+  config.axis_rules = dict(  # of activations (unclip_jax/utils/axes.py)
+    batch=("data", "fsdp"), heads="tensor", mlp="tensor", channels="tensor"
+  )
 
   config.optim = dict(
     name="adamw",

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
   "evaluators": {"metrics", "data", "utils"},
   "upstream": {"checkpoints", "data", "tasks.base", "tensor_files", "utils"},
   "init_from": {"checkpoints", "upstream", "utils"},
-  "gradients": {"optim", "partitioning", "tasks.base"},
+  "gradients": {"optim", "partitioning", "tasks.base", "utils"},
 }
 # The config gives the trainer the module paths of the models and tasks.
 ALLOWED["trainer"] = set(ALLOWED) - {"models", "tasks"} | {"tasks.base"}

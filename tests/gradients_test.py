@@ -14,12 +14,13 @@ import pytest
 
 from tests import random_variables
 from unclip_jax import gradients, optim, trainer
+from unclip_jax.diffusion import draws
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
 
-RNG = jax.random.key(3)
 B = 8
+RNGS = jax.random.split(jax.random.key(3), B)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Regression:
 
   def loss(self, variables, frozen, batch, rng, *, step, train):
     params = variables["params"]
-    noise = jax.random.normal(rng, batch["x"].shape)
+    noise = draws.normal(rng, batch["x"].shape)
     hidden = jnp.tanh((batch["x"] + self.noise * noise) @ params["in"])
     loss = jnp.sum((hidden @ params["out"] - batch["y"]) ** 2, axis=-1)
     count = variables["count"] + 1
@@ -52,7 +53,7 @@ class Coupled:
     return self.coupled_loss(variables, frozen, outputs)
 
   def encode(self, variables, frozen, batch, rng, *, train):
-    keep = jax.random.bernoulli(rng, self.keep, batch["x"].shape)
+    keep = draws.bernoulli(rng, self.keep, batch["x"].shape)
     return jnp.tanh((batch["x"] * keep) @ variables["params"]["in"])
 
   def coupled_loss(self, variables, frozen, outputs):
@@ -82,7 +83,7 @@ def gradients_of(
 ):
   make = gradients.make_gradients(task, num_microbatches=n, sam=sam)
   model_state = {} if model_state is None else model_state
-  return jax.jit(make)(params, model_state, frozen or {}, batch, RNG, 0)
+  return jax.jit(make)(params, model_state, frozen or {}, batch, RNGS, 0)
 
 
 def assert_close(found, expected):
@@ -124,22 +125,23 @@ def test_cached_gradients_are_those_of_the_whole_batch(loss_type):
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_cached_gradients_keep_draws_and_order(n):
-  """Part i has the rows i, n + i, ... and the key i."""
-
-  def loss(params):
-    outputs = jnp.zeros((B, 4))
-    for i, rng in enumerate(jax.random.split(RNG, n)):
-      part = {"x": BATCH["x"][i::n]}
-      rows = task.encode({"params": params}, {}, part, rng, train=True)
-      outputs = outputs.at[i::n].set(rows)
-    return task.coupled_loss({"params": params}, {}, outputs).loss.mean()
-
-  task = Coupled()
-  value, expected = jax.value_and_grad(loss)(COUPLED)
-  found = gradients_of(task, COUPLED, n=n)
-  assert_close(found.grads, expected)
-  np.testing.assert_allclose(found.metrics["loss"], value, rtol=1e-6)
+@pytest.mark.parametrize("is_coupled", [False, True])
+def test_microbatches_draw_as_the_whole_batch_does(is_coupled, n):
+  task, params, state = (
+    (Coupled(), COUPLED, {})
+    if is_coupled
+    else (Regression(), REGRESSION, STATE)
+  )
+  whole = gradients_of(task, params, model_state=state)
+  parts = gradients_of(task, params, model_state=state, n=n)
+  assert_close(parts.grads, whole.grads)
+  np.testing.assert_allclose(
+    parts.metrics["loss"], whole.metrics["loss"], rtol=1e-6
+  )
+  other = RNGS[::-1]
+  assert gradients.make_gradients(task)(
+    params, state, {}, BATCH, other, 0
+  ).metrics["loss"] != pytest.approx(float(whole.metrics["loss"]), rel=1e-3)
 
 
 def unit(grads):
@@ -150,12 +152,15 @@ def unit(grads):
 def test_sam_is_its_definition(replicas):
   task, rho, rows = Regression(), 0.7, B // replicas
   losses, perturbed_losses, expected = [], [], []
-  for r, rng in enumerate(jax.random.split(RNG, replicas)):
-    part = jax.tree.map(lambda x: x[r * rows : (r + 1) * rows], BATCH)  # noqa: B023
+  for r in range(replicas):
+    part, rngs = jax.tree.map(
+      lambda x: x[r * rows : (r + 1) * rows],  # noqa: B023
+      (BATCH, RNGS),
+    )
 
     def loss(params):
       variables = {"params": params, **STATE}
-      output = task.loss(variables, {}, part, rng, step=0, train=True)  # noqa: B023
+      output = task.loss(variables, {}, part, rngs, step=0, train=True)  # noqa: B023
       return output.loss.mean()
 
     value, grads = jax.value_and_grad(loss)(REGRESSION)
@@ -185,7 +190,7 @@ def test_sam_is_its_definition(replicas):
 def check_coupled_sam(task, params, batch, replicas):
   """Cached gradients with SAM against the definition."""
   rho, rows = 0.1, B // replicas
-  rngs = jax.random.split(RNG, replicas)
+  rngs = RNGS.reshape(replicas, rows)
   parts = [
     {k: x[i : i + rows] for k, x in batch.items()} for i in range(0, B, rows)
   ]

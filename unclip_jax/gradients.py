@@ -25,8 +25,13 @@ For a replica r with rows of its own, w the parameters:
                                                     z'_r = outputs(w + e_r)
 
 and e_r is a constant for the derivative. In the coupled loss the parameters
-that the loss itself uses belong to no replica, and are not perturbed. What is
-random is drawn alike wherever the same rows are seen again.
+that the loss itself uses belong to no replica, and are not perturbed.
+
+Every example has a key of its own, with which it draws alike wherever it is
+seen: the three ways give the same gradient, up to rounding (but for dropout,
+which takes one key for the examples that are seen together). Under `jax.pmap`,
+with `axis_name`, a device sees its own rows; a coupled loss sees the outputs of
+all, and what the devices find is averaged.
 
 With SAM a replica is a microbatch of its own: a device goes through its
 replicas one after another, with one perturbed copy of the parameters and one
@@ -50,6 +55,7 @@ from jax.sharding import PartitionSpec as P
 
 from unclip_jax import optim, partitioning
 from unclip_jax.tasks import base as tasks_base
+from unclip_jax.utils import axes
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -71,7 +77,8 @@ class _Fixed(NamedTuple):
   step: jax.Array
 
 
-# (params, model_state, frozen, batch, rng, step) -> Gradients
+# (params, model_state, frozen, batch, rngs, step) -> Gradients; rngs: one key
+# per example, [B].
 GradientFn = Callable[
   [
     PyTree,
@@ -91,6 +98,7 @@ def make_gradients(
   num_microbatches: int = 1,
   sam: optim.Sam | None = None,
   mesh: Mesh | None = None,
+  axis_name: str | None = None,
 ) -> GradientFn:
   """The pure function from parameters and a batch to `Gradients`.
 
@@ -105,6 +113,8 @@ def make_gradients(
     sam: None = off.
     mesh: gives SAM's replicas to its devices, if it divides them; else each
       replica lies where its rows are.
+    axis_name: of the devices under `jax.pmap`; None: there is one program for
+      all devices.
   """
 
   def gradients(
@@ -112,17 +122,17 @@ def make_gradients(
     model_state: PyTree,
     frozen: tasks_base.Frozen,
     batch: tasks_base.Batch,
-    rng: jax.Array,
+    rngs: jax.Array,
     step: jax.Array,
   ) -> Gradients:
     def loss(
-      params: PyTree, fixed: _Fixed, batch: PyTree, rng: jax.Array
+      params: PyTree, fixed: _Fixed, part: PyTree
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+      if task.batch_coupled and axis_name is not None:
+        return coupled_loss(params, encode(params, fixed, part))
       model_state, frozen, step = fixed
       variables = {"params": params, **model_state}
-      return _mean(
-        task.loss(variables, frozen, batch, rng, step=step, train=True)
-      )
+      return _mean(task.loss(variables, frozen, *part, step=step, train=True))
 
     def encode(params: PyTree, fixed: _Fixed, part: PyTree) -> PyTree:
       model_state, frozen, _ = fixed
@@ -132,12 +142,16 @@ def make_gradients(
     def coupled_loss(
       params: PyTree, outputs: PyTree
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+      # The gradient of a device's outputs is the sum of what all devices make
+      # of them: each of n makes the whole loss, and the average divides by n.
+      if axis_name is not None:
+        outputs = jax.lax.all_gather(outputs, axis_name, tiled=True)
       variables = {"params": params, **model_state}
       return _mean(task.coupled_loss(variables, frozen, outputs))
 
     fixed = _Fixed(model_state, frozen, step)
     if sam is not None:
-      replicas = _replicas(batch, rng, sam.replica_batch)
+      replicas = _replicas((batch, rngs), sam.replica_batch)
       devices = _divided_by(mesh, replicas[1].shape[0])
       if task.batch_coupled:
         return _cached_sam(
@@ -145,9 +159,8 @@ def make_gradients(
         )
       return _sam(loss, sam, params, fixed, replicas, devices)
     if num_microbatches == 1:
-      return _at_once(loss, params, fixed, batch, rng)
-    rngs = jax.random.split(rng, num_microbatches)
-    parts = (_split(batch, num_microbatches), rngs)
+      return _at_once(loss, params, fixed, (batch, rngs))
+    parts = _split((batch, rngs), num_microbatches)
     if task.batch_coupled:
       return _cached(
         encode,
@@ -157,14 +170,26 @@ def make_gradients(
         parts,
       )
     return _accumulate(
-      lambda model_state, batch, rng: _at_once(
-        loss, params, _Fixed(model_state, frozen, step), batch, rng
+      lambda model_state, part: _at_once(
+        loss, params, _Fixed(model_state, frozen, step), part
       ),
       model_state,
       parts,
     )
 
-  return gradients
+  if axis_name is None:
+    return gradients
+  return lambda *args: _averaged(gradients(*args), axis_name)
+
+
+def _averaged(tree: PyTree, axis_name: str) -> PyTree:
+  """The mean over devices; what is counted in integers is alike on all."""
+
+  def mean(x: jax.Array) -> jax.Array:
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.lax.pmean(x, axis_name) if is_float else x
+
+  return jax.tree.map(mean, tree)
 
 
 def _mean(
@@ -179,33 +204,32 @@ def _at_once(
   loss: Callable[..., tuple[jax.Array, tuple[PyTree, Metrics]]],
   params: PyTree,
   fixed: _Fixed,
-  batch: PyTree,
-  rng: jax.Array,
+  part: PyTree,
 ) -> Gradients:
-  grads, aux = jax.grad(loss, has_aux=True)(params, fixed, batch, rng)
+  grads, aux = jax.grad(loss, has_aux=True)(params, fixed, part)
   return Gradients(grads, *aux)
 
 
 def _accumulate(
-  gradients_of: Callable[[PyTree, PyTree, jax.Array], Gradients],
+  gradients_of: Callable[[PyTree, PyTree], Gradients],
   model_state: PyTree,
   parts: tuple[PyTree, jax.Array],
 ) -> Gradients:
   """Mean gradients and metrics over the leading axis of `parts`.
 
   Args:
-    gradients_of: of (model_state, batch, rng); the model state goes from one
-      part to the next.
+    gradients_of: of (model_state, part); the model state goes from one part
+      to the next.
   """
   n = parts[1].shape[0]
 
   def body(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
     model_state, sums = carry
-    grads, model_state, metrics = gradients_of(model_state, *part)
+    grads, model_state, metrics = gradients_of(model_state, part)
     return (model_state, jax.tree.map(jnp.add, sums, (grads, metrics))), None
 
   first = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(gradients_of, model_state, *first)
+  shapes = jax.eval_shape(gradients_of, model_state, first)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), (shapes.grads, shapes.metrics)
   )
@@ -261,9 +285,9 @@ def _sam(
   """Mean over replicas [R, rows, ...] of the gradients at w + e_r."""
 
   def of_replica(params: PyTree, fixed: _Fixed, replica: PyTree) -> Gradients:
-    plain = _at_once(loss, params, fixed, *replica)
+    plain = _at_once(loss, params, fixed, replica)
     perturbed = _add(params, sam.perturbation(plain.grads, fixed.step))
-    sharp = _at_once(loss, perturbed, fixed, *replica)
+    sharp = _at_once(loss, perturbed, fixed, replica)
     return _with_perturbed_loss(plain, sharp)
 
   R = replicas[1].shape[0]
@@ -321,15 +345,11 @@ def _with_perturbed_loss(plain: Gradients, sharp: Gradients) -> Gradients:
   )
 
 
-def _replicas(
-  batch: tasks_base.Batch, rng: jax.Array, rows: int
-) -> tuple[PyTree, jax.Array]:
-  """[B, ...] -> [B / rows, rows, ...], neighbours together, and keys."""
-  replicas = jax.tree.map(
-    lambda x: x.reshape(x.shape[0] // rows, rows, *x.shape[1:]), batch
+def _replicas(tree: PyTree, rows: int) -> PyTree:
+  """[B, ...] -> [B / rows, rows, ...], neighbours together."""
+  return jax.tree.map(
+    lambda x: x.reshape(x.shape[0] // rows, rows, *x.shape[1:]), tree
   )
-  count = jax.tree.leaves(replicas)[0].shape[0]
-  return replicas, jax.random.split(rng, count)
 
 
 def _divided_by(mesh: Mesh | None, count: int) -> Mesh | None:
@@ -356,6 +376,7 @@ def _stacked(
     return jax.lax.map(functools.partial(f, params, fixed), parts)
 
   if mesh is not None:
+    own = _off_the_mesh(own)
     rows = P(partitioning.BATCH_AXES)
     own = jax.shard_map(
       own,
@@ -389,13 +410,23 @@ def _summed(
 
   if mesh is not None:
     own = jax.shard_map(
-      own,
+      _off_the_mesh(own),
       mesh=mesh,
       in_specs=(P(), P(), P(partitioning.BATCH_AXES)),
       out_specs=P(),
       check_vma=False,
     )
   return own(params, fixed, parts)
+
+
+def _off_the_mesh(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """Inside `jax.shard_map` a device has its own arrays, which lie nowhere."""
+
+  def traced(*args: PyTree) -> PyTree:
+    with axes.use(None, {}):
+      return f(*args)
+
+  return traced
 
 
 def _split(tree: PyTree, n: int) -> PyTree:

@@ -1,22 +1,43 @@
-"""Where arrays live: the mesh, and path rules that place every parameter.
+"""Where arrays live: the mesh, path rules for parameters, and two backends.
 
-One rule list, `config.sharding = ((regex, tactic), ...)`, is matched against
-dotted parameter names (first match wins). A tactic is "replicate", "fsdp"
-(the largest dimension that the axis divides is split over `fsdp`), or a tuple
-of mesh axes for a `PartitionSpec`. Optimizer moments and the moving average
-follow their parameter. XLA inserts the collectives (`jax.jit` with shardings,
-which is what pjit became).
+The mesh has the axes `data` (replicas), `fsdp` (parameters in parts, gathered
+where they are used) and `tensor` (layers in parts). Examples are spread over
+`data` and `fsdp`: with both above 1 parameters are sharded within a group of
+devices and replicated across ("hybrid"). Over several slices of a pod, `data`
+goes across slices.
+
+A list `config.sharding = ((regex, tactic), ...)` is matched against dotted
+parameter names (first match wins; a parameter without one is an error). A
+tactic is
+
+  "replicate"   whole on every device
+  "fsdp"        the largest dimension that the axis divides is split over it;
+                several axes are joined by "+", as in "data+fsdp"
+  a tuple       mesh axes by dimension, as in a `PartitionSpec`; an axis that
+                does not divide its dimension is left out
+
+Optimizer moments and the moving average follow their parameter, or, with rules
+of their own in `config.optimizer_sharding`, lie apart from it: parameters
+whole and moments in parts are ZeRO-1 (Rajbhandari et al. 2019, arXiv
+1910.02054, section 5). Activations: utils/axes.py.
+
+The backends run the same step. `jit`: one program over global arrays, into
+which XLA puts the collectives (`jax.jit` with shardings is what pjit became).
+`pmap`: one program for each device with a whole replica, and averages across
+(`lax.pmean`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,16 +50,20 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(
+  sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """The device mesh with axes `data`, `fsdp`, `tensor`.
 
   Args:
     sizes: devices along each axis; at most one is -1, which takes the rest.
+    devices: None: all that there are.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or several
+      slices do not divide `data`.
   """
-  devices = jax.devices()
+  devices = list(jax.devices() if devices is None else devices)
   shape = [int(sizes.get(axis, 1)) for axis in AXES]
   if shape.count(-1) == 1:
     known = math.prod(size for size in shape if size != -1)
@@ -48,7 +73,24 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
       f"config.mesh {dict(sizes)} does not fit {len(devices)} devices: the "
       "sizes must multiply to that number (one of them may be -1)"
     )
-  return Mesh(np.asarray(devices).reshape(shape), AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if shape[0] % slices:
+    raise errors.UserError(
+      f"config.mesh.data {shape[0]} is not a multiple of the {slices} slices, "
+      "across which replicas go: change the mesh"
+    )
+  if devices[0].platform != "tpu":
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+  if slices > 1:
+    within = [shape[0] // slices, *shape[1:]]
+    grid = mesh_utils.create_hybrid_device_mesh(
+      within, [slices, 1, 1], devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return Mesh(grid, AXES)
 
 
 def num_batch_shards(mesh: Mesh) -> int:
@@ -82,24 +124,62 @@ def _spec(tactic: Any, shape: Sequence[int], mesh: Mesh) -> P:
   """The PartitionSpec of one parameter under one tactic."""
   if tactic == "replicate":
     return P()
-  if tactic == "fsdp":
-    size = mesh.shape["fsdp"]
-    fits = [i for i, dim in enumerate(shape) if size > 1 and dim % size == 0]
+  if isinstance(tactic, str):
+    axes = tuple(tactic.split("+"))
+    fits = [i for i, dim in enumerate(shape) if _divides(axes, dim, mesh)]
     if not fits:
       return P()
     largest = max(fits, key=lambda i: shape[i])
-    return P(*("fsdp" if i == largest else None for i in range(len(shape))))
-  return P(*tactic)
+    axis = axes[0] if len(axes) == 1 else axes
+    return P(*(axis if i == largest else None for i in range(len(shape))))
+  return P(
+    *(
+      axes
+      if axes is not None and _divides(_as_tuple(axes), dim, mesh)
+      else None
+      for axes, dim in zip(tactic, shape)
+    )
+  )
+
+
+def _as_tuple(axes: str | Sequence[str]) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _divides(axes: Sequence[str], dim: int, mesh: Mesh) -> bool:
+  """Whether a dimension falls into more than one, equal parts."""
+  size = math.prod(mesh.shape[axis] for axis in axes)
+  return size > 1 and dim % size == 0
+
+
+def _check_rules(rules: Rules, field: str) -> None:
+  """Raises UserError unless the rules can be read."""
+  for rule in rules:
+    if len(rule) != 2 or not isinstance(rule[0], str):
+      raise errors.UserError(f"{field}: {rule} is not a pair (regex, tactic)")
+    pattern, tactic = rule
+    names = tactic.split("+") if isinstance(tactic, str) else tactic
+    flat = [n for name in names if name for n in _as_tuple(name)]
+    if tactic != "replicate" and not set(flat) <= set(AXES):
+      raise errors.UserError(
+        f"{field}: the tactic {tactic!r} of {pattern!r} is neither 'replicate' "
+        f"nor made of the mesh axes {', '.join(AXES)}"
+      )
 
 
 def param_specs(
-  shapes: Mapping[str, Sequence[int]], rules: Rules, mesh: Mesh
+  shapes: Mapping[str, Sequence[int]],
+  rules: Rules,
+  mesh: Mesh,
+  *,
+  field: str = "config.sharding",
 ) -> dict[str, P]:
   """The PartitionSpec of every parameter, by dotted name.
 
   Raises:
-    UserError: a parameter that no rule matches.
+    UserError: a parameter that no rule matches, or a rule that is none.
   """
+  _check_rules(rules, field)
   specs = {}
   for name, shape in shapes.items():
     for pattern, tactic in rules:
@@ -108,32 +188,65 @@ def param_specs(
         break
     else:
       raise errors.UserError(
-        f"config.sharding has no rule for parameter '{name}': add one, for "
+        f"{field} has no rule for parameter '{name}': add one, for "
         "example ('.*', 'replicate') as the last"
       )
   return specs
 
 
-def state_shardings(state: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+def state_shardings(
+  state: PyTree,
+  rules: Rules,
+  mesh: Mesh,
+  optimizer_rules: Rules | None = None,
+) -> PyTree:
   """A sharding for every leaf of a train state (arrays or shapes).
 
   A leaf whose dotted name ends in a parameter's name and has its shape (a
-  moment, a moving average) is placed as that parameter; the rest replicates.
+  moment, a moving average) is placed as that parameter, or by the optimizer's
+  own rules; the rest replicates.
   """
-  specs = param_specs(
-    {k: v.shape for k, v in trees.flatten(state.params).items()}, rules, mesh
-  )
   shapes = {k: v.shape for k, v in trees.flatten(state.params).items()}
+  specs = param_specs(shapes, rules, mesh)
+  optimizer_specs = specs
+  if optimizer_rules is not None:
+    optimizer_specs = param_specs(
+      shapes, optimizer_rules, mesh, field="config.optimizer_sharding"
+    )
 
   def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     parts = trees.path_names(path)
+    apart = parts[0] in ("opt_state", "ema_params")
     for start in range(len(parts)):
       name = ".".join(parts[start:])
       if name in specs and leaf.shape == shapes[name]:
-        return NamedSharding(mesh, specs[name])
+        spec = (optimizer_specs if apart else specs)[name]
+        return NamedSharding(mesh, spec)
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(place, state)
+
+
+def frozen_shardings(frozen: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+  """Upstream parameters by the rules for parameters; tables replicate."""
+  flat = trees.flatten(frozen)
+  params = {k: v.shape for k, v in flat.items() if ".params." in k}
+  specs = param_specs(params, rules, mesh)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: NamedSharding(
+      mesh, specs.get(".".join(trees.path_names(path)), P())
+    ),
+    frozen,
+  )
+
+
+def as_shapes(tree: PyTree, shardings: PyTree) -> PyTree:
+  """Arrays or shapes as `ShapeDtypeStruct`s with these shardings."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
@@ -145,12 +258,95 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
   }
 
 
+def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
+  """A whole batch that every process has -> arrays over the whole mesh."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_callback(
+      rows.shape, sharding, lambda index, rows=rows: rows[index]
+    )
+    for name, rows in batch.items()
+  }
+
+
+# (state, frozen, batch, rng) -> (state, metrics)
+Step = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Jit:
+  """One program over global arrays; XLA inserts the collectives."""
+
+  mesh: Mesh
+  axis_name = None
+
+  def compile(self, step: Step, shardings: PyTree) -> Step:
+    """The step, compiled; the state is donated.
+
+    Args:
+      shardings: of the state.
+    """
+    return jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(shardings, replicated(self.mesh)),
+    )
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> PyTree:
+    """This process's rows of a batch, as the step takes them."""
+    return to_global(batch, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pmap:
+  """One program a device, with a replica of everything but the batch."""
+
+  mesh: Mesh
+  axis_name = "replica"
+
+  def compile(self, step: Step, shardings: PyTree) -> Step:
+    """As `Jit.compile`; the state comes out as one replicated array a leaf."""
+    del shardings
+    return jax.pmap(
+      step,
+      axis_name=self.axis_name,
+      in_axes=(None, None, 0, None),
+      out_axes=(None, None),
+      donate_argnums=0,
+    )
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> PyTree:
+    """[B, ...] -> [devices of this process, B / devices, ...]."""
+    n = jax.local_device_count()
+    return {k: x.reshape(n, -1, *x.shape[1:]) for k, x in batch.items()}
+
+
+def make_backend(parallel: str, mesh: Mesh) -> Jit | Pmap:
+  """The backend that `config.parallel` names.
+
+  Raises:
+    UserError: an unknown one, or a mesh that pmap cannot have.
+  """
+  if parallel == "jit":
+    return Jit(mesh)
+  if parallel != "pmap":
+    raise errors.UserError(
+      f"config.parallel '{parallel}' is unknown: choose 'jit' or 'pmap'"
+    )
+  if mesh.shape["data"] != jax.device_count():
+    raise errors.UserError(
+      "config.parallel 'pmap' replicates parameters: set config.mesh.fsdp and "
+      "config.mesh.tensor to 1, or config.parallel to 'jit'"
+    )
+  return Pmap(mesh)
+
+
 def overview(state: PyTree, frozen: PyTree, mesh: Mesh) -> str:
   """A table of all parameters, then the total, the mesh, and the memory.
 
   Args:
     state: a train state of `ShapeDtypeStruct`s with shardings.
-    frozen: upstream variables, arrays or shapes, which lie on every device.
+    frozen: upstream variables, with shardings too.
   """
   rows = [
     (name, x.shape, str(x.dtype), x.size, str(x.sharding.spec))
@@ -166,7 +362,8 @@ def overview(state: PyTree, frozen: PyTree, mesh: Mesh) -> str:
     for x in jax.tree.leaves(state)
   )
   frozen_bytes = sum(
-    x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(frozen)
+    x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+    for x in jax.tree.leaves(frozen)
   )
   sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   return "\n".join(

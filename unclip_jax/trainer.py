@@ -21,7 +21,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,8 +41,8 @@ from unclip_jax import (
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.train_state import TrainState
+from unclip_jax.utils import axes, errors, metric_writers, progress, trees
 from unclip_jax.utils import config as config_lib
-from unclip_jax.utils import errors, metric_writers, progress, trees
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -86,6 +86,8 @@ def make_train_step(
   num_microbatches: int = 1,
   sam: optim.Sam | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  axis_rules: axes.Rules | None = None,
+  axis_name: str | None = None,
 ) -> TrainStep:
   """The pure update `(state, frozen, batch, rng) -> (state, metrics)`.
 
@@ -94,10 +96,17 @@ def make_train_step(
     num_microbatches: parts of the batch that are seen one after another before
       the one update; see gradients.py.
     sam: sharpness-aware minimisation; None = off.
-    mesh: on which SAM's replicas are spread.
+    mesh: on which activations are placed, by `axis_rules`, and SAM's replicas;
+      None: wherever they come to lie.
+    axis_rules: logical axis -> mesh axes (utils/axes.py).
+    axis_name: of the devices under `jax.pmap`, which has no mesh.
   """
   gradients_of = gradients.make_gradients(
-    task, num_microbatches=num_microbatches, sam=sam, mesh=mesh
+    task,
+    num_microbatches=num_microbatches,
+    sam=sam,
+    mesh=mesh,
+    axis_name=axis_name,
   )
 
   def train_step(
@@ -107,9 +116,11 @@ def make_train_step(
     rng: jax.Array,
   ) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(rng, state.step)
-    grads, model_state, metrics = gradients_of(
-      state.params, state.model_state, frozen, batch, rng, state.step
-    )
+    rngs = _keys_of_examples(rng, batch, axis_name)
+    with axes.use(mesh, axis_rules or {}):
+      grads, model_state, metrics = gradients_of(
+        state.params, state.model_state, frozen, batch, rngs, state.step
+      )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optim.ema_update(
@@ -125,6 +136,18 @@ def make_train_step(
   return train_step
 
 
+def _keys_of_examples(
+  rng: jax.Array, batch: tasks_base.Batch, axis_name: str | None
+) -> jax.Array:
+  """A key for each row, by its place in the global batch."""
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  if axis_name is None:
+    return jax.random.split(rng, rows)
+  rngs = jax.random.split(rng, rows * jax.lax.axis_size(axis_name))
+  start = rows * jax.lax.axis_index(axis_name)
+  return jax.lax.dynamic_slice_in_dim(rngs, start, rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
   """What a config describes, built, with no parameter allocated yet."""
@@ -137,11 +160,34 @@ class Setup:
   init_from: init_from.InitFrom
   data: data_pipeline.DataPipeline
   mesh: jax.sharding.Mesh
+  backend: partitioning.Jit | partitioning.Pmap
   frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
+
+  @property
+  def axis_rules(self) -> axes.Rules:
+    """Logical axis -> mesh axes."""
+    return self.config.axis_rules.to_dict()
+
+  def train_step(self) -> TrainStep:
+    """`make_train_step` with what the config says, not compiled."""
+    is_pmap = self.backend.axis_name is not None
+    return make_train_step(
+      self.task,
+      self.tx,
+      ema_decay=self.config.ema_decay,
+      num_microbatches=self.config.num_microbatches,
+      sam=self.sam,
+      mesh=None if is_pmap else self.mesh,
+      axis_rules=self.axis_rules,
+      axis_name=self.backend.axis_name,
+    )
 
 
 def setup(
-  config: ml_collections.ConfigDict, *, abstract: bool = False
+  config: ml_collections.ConfigDict,
+  *,
+  abstract: bool = False,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Setup:
   """Builds everything that `config` names.
 
@@ -151,12 +197,13 @@ def setup(
 
   Args:
     abstract: give shapes in place of the upstream models' arrays.
+    devices: of the mesh; None: all that there are.
 
   Raises:
     UserError: the config is wrong, or an upstream folder is missing.
   """
   config = config.copy_and_resolve_references()
-  mesh = partitioning.make_mesh(config.mesh)
+  mesh = partitioning.make_mesh(config.mesh, devices)
   partitioning.check_batch_size(
     config.batch_size, config.num_microbatches, mesh
   )
@@ -167,8 +214,9 @@ def setup(
       config.frozen[name].fingerprint = model.fingerprint
     assets_dir = model.assets_dir or assets_dir
   frozen = upstream.frozen_of(models)
-  if not abstract:
-    frozen = jax.device_put(frozen, partitioning.replicated(mesh))
+  shardings = partitioning.frozen_shardings(frozen, config.sharding, mesh)
+  place = partitioning.as_shapes if abstract else jax.device_put
+  frozen = place(frozen, shardings)
   tx, learning_rate = optim.make_optimizer(config.optim, config.num_steps)
   return Setup(
     config=config,
@@ -185,6 +233,7 @@ def setup(
       config.data, seed=config.seed, assets_dir=assets_dir
     ),
     mesh=mesh,
+    backend=partitioning.make_backend(config.parallel, mesh),
     frozen=frozen,
   )
 
@@ -198,13 +247,9 @@ def state_shapes(run: Setup, frozen: Mapping[str, PyTree]) -> TrainState:
     frozen,
   )
   shardings = partitioning.state_shardings(
-    shapes, run.config.sharding, run.mesh
+    shapes, run.config.sharding, run.mesh, run.config.optimizer_sharding
   )
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
-  )
+  return partitioning.as_shapes(shapes, shardings)
 
 
 def train(
@@ -337,20 +382,8 @@ def _loop(
 ) -> TrainState:
   config = run.config
   rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-  train_step = jax.jit(
-    make_train_step(
-      run.task,
-      run.tx,
-      ema_decay=config.ema_decay,
-      num_microbatches=config.num_microbatches,
-      sam=run.sam,
-      mesh=run.mesh,
-    ),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda x: x.sharding, state),
-      partitioning.replicated(run.mesh),
-    ),
+  train_step = run.backend.compile(
+    run.train_step(), jax.tree.map(lambda x: x.sharding, state)
   )
   evals = build_evals(run)
   start = step = int(state.step)
@@ -366,7 +399,7 @@ def _loop(
     stopping = False
     while step < config.num_steps and not stopping:
       with timer.waiting():
-        batch = partitioning.to_global(next(batches), run.mesh)
+        batch = run.backend.place(next(batches))
       state, metrics = train_step(state, frozen, batch, rng)
       step += 1
       # At most two steps are in flight: wait for the one before this one.
@@ -443,7 +476,7 @@ class _Eval:
     variables = {"params": params, **state.model_state}
 
     def predict(batch: Mapping[str, Any]) -> dict[str, Any]:
-      placed = partitioning.to_global(batch, self.mesh)
+      placed = partitioning.spread(batch, self.mesh)
       return jax.device_get(self.predict(variables, frozen, placed, self.rng))
 
     return dict(self.evaluator.run(predict, self.batches, self.info))
@@ -468,7 +501,7 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
         f"{where}.pred '{pred}' is unknown"
         + config_lib.suggest(pred, predict_fns)
       )
-    jitted.setdefault(pred, jax.jit(predict_fns[pred]))
+    jitted.setdefault(pred, _compile_predict(run, predict_fns[pred]))
     split = fields.pop("split", "validation")
     batches = run.data.eval_batches(
       split,
@@ -486,6 +519,18 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
       mesh=run.mesh,
     )
   return evals
+
+
+def _compile_predict(
+  run: Setup, predict_fn: tasks_base.PredictFn
+) -> tasks_base.PredictFn:
+  """On the mesh, with results that every process has whole."""
+
+  def predict(*args: Any) -> dict[str, jax.Array]:
+    with axes.use(run.mesh, run.axis_rules):
+      return predict_fn(*args)
+
+  return jax.jit(predict, out_shardings=partitioning.replicated(run.mesh))
 
 
 class _Stop:

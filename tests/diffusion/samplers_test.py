@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion import gaussian, samplers, schedules
+from unclip_jax.diffusion import draws, gaussian, samplers, schedules
 
 MEAN, STD = 0.3, 0.5
 SCHEDULE = schedules.make_schedule("cosine", 1000)
@@ -369,11 +369,11 @@ def test_pictures_and_embeddings_are_sampled_alike(name):
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 2, 3)])
 def test_draws_by_example_do_not_depend_on_the_batch(shape):
   keys = jax.random.split(jax.random.key(0), 5)
-  together = samplers.draw_noise(keys, shape)
-  apart = samplers.draw_noise(keys[3:4], (1, *shape[1:]))
+  together = draws.normal(keys, shape)
+  apart = draws.normal(keys[3:4], (1, *shape[1:]))
   np.testing.assert_array_equal(together[3:4], apart)
   assert len(np.unique(together)) == np.prod(shape)
-  one_key = samplers.draw_noise(keys[0], shape)
+  one_key = draws.normal(keys[0], shape)
   assert one_key.shape == shape and len(np.unique(one_key)) == np.prod(shape)
 
 
@@ -406,7 +406,7 @@ def test_noise_stands_in_for_draws_step_by_step(by_example):
   fold_in = jax.random.fold_in
   noise = jnp.stack(
     [
-      samplers.draw_noise(
+      draws.normal(
         jax.vmap(fold_in, (0, None))(rng, i) if by_example else fold_in(rng, i),
         x_T.shape,
       )

@@ -257,7 +257,7 @@ def test_a_coupled_base_takes_microbatches():
   step = jnp.zeros((), jnp.int32)
   found = [
     gradients.make_gradients(task, num_microbatches=n)(
-      adapters, {}, frozen, gradients_test.BATCH, jax.random.key(0), step
+      adapters, {}, frozen, gradients_test.BATCH, gradients_test.RNGS, step
     )
     for n in (1, 4)
   ]

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.diffusion import gaussian, guidance, samplers, schedules
+from unclip_jax.diffusion import (
+  draws,
+  gaussian,
+  guidance,
+  samplers,
+  schedules,
+)
 
 OnStep = Callable[[int], None]
 
@@ -70,17 +76,18 @@ class Process:
     algorithm 1).
 
     Args:
+      rng: one key, or one key per example.
       timesteps: [B] int32; None: drawn uniformly.
 
     Returns:
       `loss` [B] and its parts (gaussian.training_losses).
     """
-    timestep_rng, noise_rng, estimate_rng = jax.random.split(rng, 3)
+    timestep_rng, noise_rng, estimate_rng = draws.split(rng, 3)
     if timesteps is None:
-      timesteps = jax.random.randint(
-        timestep_rng, x_start.shape[:1], 0, self.num_timesteps
+      timesteps = draws.integers(
+        timestep_rng, 0, self.num_timesteps, x_start.shape[:1]
       )
-    noise = jax.random.normal(noise_rng, x_start.shape, x_start.dtype)
+    noise = draws.normal(noise_rng, x_start.shape)
     x_t = gaussian.q_sample(self.noise_schedule, x_start, timesteps, noise)
     estimate: tuple[jax.Array, ...] = ()
     if isinstance(denoise_fn, samplers.SelfConditioned):
@@ -131,7 +138,7 @@ class Process:
         clip_x_start=self.clip_x_start,
       ).x_start
 
-    coin = jax.random.bernoulli(rng)
+    coin = jax.random.bernoulli(draws.first(rng))
     return jax.lax.stop_gradient(
       jax.lax.cond(coin, predict, jnp.zeros_like, x_t)
     )
@@ -215,8 +222,8 @@ class Process:
     if noise is not None:
       x_T, step_noise = noise[0], noise[1:]
     elif rng is not None:
-      x_rng, step_rng = split(rng)
-      x_T = samplers.draw_noise(x_rng, shape) if x_T is None else x_T
+      x_rng, step_rng = draws.split(rng)
+      x_T = draws.normal(x_rng, shape) if x_T is None else x_T
     elif x_T is None:
       raise ValueError("sampling needs rng, noise or x_T to start from")
     steps = schedules.step_placement(
@@ -297,15 +304,6 @@ class Process:
       clip_x_start=self.clip_x_start,
       num_refinements=num_refinements,
     )
-
-
-def split(rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`jax.random.split` into two, for one key or for one key per example."""
-  if rng.ndim:
-    pairs = jax.vmap(jax.random.split)(rng)
-    return pairs[:, 0], pairs[:, 1]
-  first, second = jax.random.split(rng)
-  return first, second
 
 
 def _keep_known(

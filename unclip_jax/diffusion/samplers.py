@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.diffusion import gaussian, schedules
+from unclip_jax.diffusion import draws, gaussian, schedules
 
 DenoiseFn = Callable[..., jax.Array]
 
@@ -76,39 +76,6 @@ _UpdateFn = Callable[
 ]
 
 
-def draw_noise(rng: jax.Array, shape: Sequence[int]) -> jax.Array:
-  """Standard normal float32 draws from one key, or from one key per example.
-
-  Args:
-    rng: a typed key, or typed keys [B]; then row b depends on rng[b] only.
-    shape: [B, ...].
-
-  Raises:
-    ValueError: rng is not typed, or there are not B keys.
-  """
-  shape = tuple(shape)
-  _check_rng(rng, shape)
-  if rng.ndim == 0:
-    return jax.random.normal(rng, shape)
-  return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(rng)
-
-
-def _check_rng(rng: jax.Array, shape: tuple[int, ...]) -> None:
-  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-    raise ValueError("rng must be typed: use jax.random.key, not PRNGKey")
-  if rng.ndim and rng.shape != shape[:1]:
-    raise ValueError(
-      f"rng must be one key or one per example: got {rng.shape} keys for"
-      f" shape {shape}"
-    )
-
-
-def _fold_in(rng: jax.Array, step: jax.Array) -> jax.Array:
-  if rng.ndim == 0:
-    return jax.random.fold_in(rng, step)
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(rng, step)
-
-
 def _scan_steps(
   update_fn: _UpdateFn,
   denoise_fn: DenoiseFn,
@@ -131,7 +98,7 @@ def _scan_steps(
   if noise is not None and noise.shape != expected:
     raise ValueError(f"noise must be {expected}, got {noise.shape}")
   if rng is not None:
-    _check_rng(rng, x.shape)
+    draws.check(rng, x.shape)
   timestep_map = jnp.asarray(schedule.timestep_map)
 
   def body(
@@ -141,7 +108,7 @@ def _scan_steps(
     i, index, step_noise, step_coefs = scanned
     timesteps = jnp.full(x_t.shape[:1], index)
     if noise is None and rng is not None:
-      step_noise = draw_noise(_fold_in(rng, i), x_t.shape)
+      step_noise = draws.normal(draws.fold_in(rng, i), x_t.shape)
     model_output = denoise_fn(x_t, timestep_map[timesteps], *estimate)
     step = _Step(x_t, timesteps, step_noise, step_coefs)
     x_next, x_start, memory = update_fn(model_output, step, memory)

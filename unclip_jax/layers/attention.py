@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import linear
-from unclip_jax.utils import errors
+from unclip_jax.utils import axes, errors
 
 
 class KeyValue(NamedTuple):
@@ -174,8 +174,9 @@ class SelfAttention(nn.Module):
       )
     elif prefix is not None:
       kv = jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), prefix, own)
-    out = attend(query, kv, mask)
-    return self.out(einops.rearrange(out, "b n l k -> b l (n k)")), own
+    out = einops.rearrange(attend(query, kv, mask), "b n l k -> b l (n k)")
+    return self.out(axes.constrain(out, "batch", "length", "heads")), own
 
   def _split_heads(self, x: jax.Array) -> jax.Array:
-    return einops.rearrange(x, "b l (n k) -> b n l k", n=self.num_heads)
+    x = einops.rearrange(x, "b l (n k) -> b n l k", n=self.num_heads)
+    return axes.constrain(x, "batch", "heads", "length", None)

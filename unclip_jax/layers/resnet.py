@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import linear, norms, winograd
+from unclip_jax.utils import axes
 
 
 def downsample(x: jax.Array) -> jax.Array:
@@ -70,6 +71,7 @@ class ResBlock(nn.Module):
       h = _RESAMPLERS[self.resample](h)
       x = _RESAMPLERS[self.resample](x)
     h = conv3x3(self.out_channels, dtype=self.dtype, name="conv_1")(h)
+    h = axes.constrain(h, "batch", "height", None, "channels")
 
     emb = linear.Dense(
       self.out_channels * (2 if self.scale_shift_norm else 1),

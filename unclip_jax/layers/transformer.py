@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import attention, linear, norms
-from unclip_jax.utils import errors
+from unclip_jax.utils import axes, errors
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -55,6 +55,7 @@ class Mlp(nn.Module):
       )
     D = x.shape[-1]
     x = linear.Dense(self.hidden, dtype=self.dtype, name="dense_1")(x)
+    x = axes.constrain(x, "batch", "length", "mlp")
     x = _ACTIVATIONS[self.activation](x)
     return linear.Dense(
       D,
@@ -110,10 +111,13 @@ class Block(nn.Module):
     train: bool = False,
   ) -> tuple[jax.Array, attention.KeyValue]:
     """[B, L, D] -> [B, L, D] and the keys and values of x; see attention."""
+    x = axes.constrain(x, "batch", "length", "width")
     y, kv = self.attn(self.norm_1(x), mask, prefix=prefix, start=start)
     x = x + self.drop(y, deterministic=not train)
+    x = axes.constrain(x, "batch", "length", "width")
     y = self.mlp(self.norm_2(x))
-    return x + self.drop(y, deterministic=not train), kv
+    x = x + self.drop(y, deterministic=not train)
+    return axes.constrain(x, "batch", "length", "width"), kv
 
 
 def run(

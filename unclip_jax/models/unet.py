@@ -55,7 +55,7 @@ from unclip_jax.layers import (
   resnet,
   text_encoder,
 )
-from unclip_jax.utils import errors
+from unclip_jax.utils import axes, errors
 
 
 class Condition(NamedTuple):
@@ -129,6 +129,7 @@ class Unit(nn.Module):
       x = self.conv(x)
     else:
       x = self.res(x, emb, train=train)
+    x = _constrain(x)
     if not self.num_heads:
       return x
     _, H, W, _ = x.shape
@@ -138,7 +139,7 @@ class Unit(nn.Module):
       mask = mask[:, None, None, :]
     y = einops.rearrange(self.attn_norm(x), "b h w c -> b (h w) c")
     y, _ = self.attn(y, mask, prefix=prefix)
-    return x + einops.rearrange(y, "b (h w) c -> b h w c", h=H)
+    return _constrain(x + einops.rearrange(y, "b (h w) c -> b h w c", h=H))
 
 
 class Model(nn.Module):
@@ -437,7 +438,7 @@ class Model(nn.Module):
       call = nn.remat(call)
 
     x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
-    x = self.conv_in(x)
+    x = _constrain(self.conv_in(x))
     skips = [x]
     for level in self.down:
       for unit in level:
@@ -552,6 +553,11 @@ class Model(nn.Module):
         "a U-Net takes a text_embed beside text states whose null is that of "
         "the empty text: set text_width, and learned_null_text to False"
       )
+
+
+def _constrain(x: jax.Array) -> jax.Array:
+  """[B, H, W, C], in its place on the mesh."""
+  return axes.constrain(x, "batch", "height", None, None)
 
 
 def _check_condition(name: str, value: jax.Array | None, field: Any) -> None:

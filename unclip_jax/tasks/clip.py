@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion import draws
 from unclip_jax.losses import contrastive
 from unclip_jax.tasks import base
 from unclip_jax.utils import errors
@@ -120,7 +121,7 @@ class Task:
       batch["text_tokens"],
       batch["text_mask"],
       train=train,
-      rngs={"dropout": rng},
+      rngs={"dropout": draws.first(rng)},
     )
     return {k: output[k] for k in ("image_embed", "text_embed")}
 

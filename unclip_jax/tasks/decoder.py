@@ -23,8 +23,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion import draws, samplers
 from unclip_jax.diffusion import process as process_lib
-from unclip_jax.diffusion import samplers
 from unclip_jax.tasks import base, prior_diffusion, priors
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import embedding_space, errors
@@ -136,18 +136,18 @@ class Task:
     train: bool,
   ) -> base.LossOutput:
     del step
-    image_rng, text_rng, diffusion_rng, dropout_rng, known_rng = (
-      jax.random.split(rng, 5)
+    image_rng, text_rng, diffusion_rng, dropout_rng, known_rng = draws.split(
+      rng, 5
     )
     x_start = batch["image"]
     condition = {"image_embed": self._image_embed(frozen, batch)}
     text_drop = None
     if train:
       rows = x_start.shape[:1]
-      condition["image_embed_drop"] = jax.random.bernoulli(
+      condition["image_embed_drop"] = draws.bernoulli(
         image_rng, self.image_embed_drop_prob, rows
       )
-      text_drop = jax.random.bernoulli(text_rng, self.text_drop_prob, rows)
+      text_drop = draws.bernoulli(text_rng, self.text_drop_prob, rows)
       if self.model.inpainting:
         condition["known"] = x_start
         condition["is_known"] = draw_is_known(
@@ -165,7 +165,7 @@ class Task:
         x_start=x_start,
         **condition,
         train=train,
-        rngs={"dropout": dropout_rng},
+        rngs={"dropout": draws.first(dropout_rng)},
       )
       return model_output
 
@@ -345,16 +345,17 @@ def draw_is_known(
   Args:
     shape: of the pictures, [B, H, W, C].
   """
-  some_rng, inside_rng, bounds_rng = jax.random.split(rng, 3)
+  some_rng, inside_rng, bounds_rng = draws.split(rng, 3)
   B, H, W, _ = shape
-  some = jax.random.bernoulli(some_rng, known_prob, (B, 1, 1, 1))
-  inside = jax.random.bernoulli(inside_rng, 0.5, (B, 1, 1, 1))
-  bounds = jnp.sort(jax.random.uniform(bounds_rng, (2, 2, B, 1)), axis=1)
+  some = draws.bernoulli(some_rng, known_prob, (B, 1, 1, 1))
+  inside = draws.bernoulli(inside_rng, 0.5, (B, 1, 1, 1))
+  bounds = jnp.sort(draws.draw(jax.random.uniform, bounds_rng, (B, 2, 2)))
 
   def between(first: jax.Array, last: jax.Array, length: int) -> jax.Array:
     centres = (jnp.arange(length) + 0.5) / length
     return (first < centres) & (centres < last)
 
-  rows = between(*bounds[0], H)[:, :, None, None]
-  columns = between(*bounds[1], W)[:, None, :, None]
+  first, last = bounds[..., :1], bounds[..., 1:]
+  rows = between(first[:, 0], last[:, 0], H)[:, :, None, None]
+  columns = between(first[:, 1], last[:, 1], W)[:, None, :, None]
   return some & ((rows & columns) == inside)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from unclip_jax import decoding
-from unclip_jax.diffusion import process as process_lib
+from unclip_jax.diffusion import draws
 from unclip_jax.tasks import base, priors
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import errors
@@ -119,7 +119,7 @@ class Task:
   ) -> base.LossOutput:
     """Mean cross-entropy of the codes, in nats per code."""
     del step
-    drop_rng, dropout_rng = jax.random.split(rng)
+    drop_rng, dropout_rng = draws.split(rng)
     image_embed = self.upstream["clip"].encode_image(
       frozen["clip"], batch["clip_image"]
     )
@@ -129,7 +129,7 @@ class Task:
     dot = dot_product(image_embed, condition["text_embed"])
     dot_bucket = jnp.searchsorted(table["dot_edges"], dot, side="right")
     if train:
-      condition["text_drop"] = jax.random.bernoulli(
+      condition["text_drop"] = draws.bernoulli(
         drop_rng, self.text_drop_prob, dot.shape
       )
     logits, _ = self.model.apply(
@@ -138,7 +138,7 @@ class Task:
       dot_bucket,
       **condition,
       train=train,
-      rngs={"dropout": dropout_rng},
+      rngs={"dropout": draws.first(dropout_rng)},
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, codes)
     is_right = (jnp.argmax(logits, axis=-1) == codes).astype(jnp.float32)
@@ -188,9 +188,7 @@ class Task:
     apply = functools.partial(self.model.apply, variables)
     condition = self._condition(frozen, batch)
     rows = len(condition["text_mask"]) * num_candidates
-    dot_rng, code_rng = process_lib.split(
-      priors.candidate_rngs(rng, num_candidates)
-    )
+    dot_rng, code_rng = draws.split(priors.candidate_rngs(rng, num_candidates))
     null = None
     if guidance_scale != 1.0:
       drop = jnp.ones(1, bool)
@@ -228,9 +226,7 @@ class Task:
     num = self.model.num_dot_buckets
     # A quantile like 0.7 of 20 buckets is 14, whatever its rounding.
     first = min(math.ceil(round(quantile * num, 6)), num - 1)
-    if rng.ndim:
-      return jax.vmap(lambda key: jax.random.randint(key, (), first, num))(rng)
-    return jax.random.randint(rng, (rows,), first, num)
+    return draws.integers(rng, first, num, (rows,))
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
     return priors.predict_fns(self)

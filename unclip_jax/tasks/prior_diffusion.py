@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion import draws
 from unclip_jax.diffusion import process as process_lib
 from unclip_jax.tasks import base, priors
 from unclip_jax.utils import embedding_space
@@ -99,16 +100,14 @@ class Task:
     train: bool,
   ) -> base.LossOutput:
     del step
-    drop_rng, diffusion_rng, dropout_rng = jax.random.split(rng, 3)
+    drop_rng, diffusion_rng, dropout_rng = draws.split(rng, 3)
     image_embed = self.upstream["clip"].encode_image(
       frozen["clip"], batch["clip_image"]
     )
     x_start = embedding_space.encode(frozen["embedding_space"], image_embed)
     drop = None
     if train:
-      drop = jax.random.bernoulli(
-        drop_rng, self.text_drop_prob, x_start.shape[:1]
-      )
+      drop = draws.bernoulli(drop_rng, self.text_drop_prob, x_start.shape[:1])
     condition = self._condition(frozen, batch, drop)
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
@@ -118,7 +117,7 @@ class Task:
         timesteps,
         **condition,
         train=train,
-        rngs={"dropout": dropout_rng},
+        rngs={"dropout": draws.first(dropout_rng)},
       )
       return model_output
 

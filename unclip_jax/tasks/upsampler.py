@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.diffusion import draws, schedules
 from unclip_jax.diffusion import process as process_lib
-from unclip_jax.diffusion import schedules
 from unclip_jax.tasks import base
 
 
@@ -79,7 +79,7 @@ class Task:
     train: bool,
   ) -> base.LossOutput:
     del frozen, step
-    diffusion_rng, dropout_rng = jax.random.split(rng)
+    diffusion_rng, dropout_rng = draws.split(rng)
 
     params, model_state = _split(variables)
 
@@ -90,7 +90,7 @@ class Task:
         timesteps,
         low_res=batch["low_res"],
         train=train,
-        rngs={"dropout": dropout_rng},
+        rngs={"dropout": draws.first(dropout_rng)},
       )
       return model_output
 
