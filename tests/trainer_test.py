@@ -35,9 +35,8 @@ def one_step(config, num_microbatches=1):
   upstream = random_variables.like_tree(run.frozen)
   frozen = {**upstream, **run.task.prepare(upstream, batches)}
   batch = next(run.data.train_batches(0, config.batch_size))
-  before = trainer.init_state(
-    run.task, run.tx, jax.random.key(0), batch, frozen
-  )
+  init = jax.jit(lambda *args: trainer.init_state(run.task, run.tx, *args))
+  before = init(jax.random.key(0), batch, frozen)
   step = trainer.make_train_step(
     run.task, run.tx, ema_decay=0.9, num_microbatches=num_microbatches
   )
