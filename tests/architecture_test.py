@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
   "tasks": {"models", "diffusion", "decoding", "losses", "utils"},
   "data": {"utils"},
   "optim": {"utils"},
+  "flops": set(),
   "partitioning": {"utils"},
   "tensor_files": {"utils"},
   "checkpoints": {"tensor_files", "utils"},

@@ -32,6 +32,7 @@ from absl import logging
 
 from unclip_jax import (
   checkpoints,
+  flops,
   gradients,
   init_from,
   optim,
@@ -252,6 +253,45 @@ def state_shapes(run: Setup, frozen: Mapping[str, PyTree]) -> TrainState:
   return partitioning.as_shapes(shapes, shardings)
 
 
+def step_shapes(run: Setup) -> tuple[TrainState, PyTree, PyTree, jax.Array]:
+  """What a train step takes, as shapes and shardings: see `TrainStep`."""
+  tables = _table_shapes(run)
+  state = state_shapes(run, {**run.frozen, **tables})
+  batch = run.data.batch_spec(run.config.batch_size)
+  rows = partitioning.batch_sharding(run.mesh)
+  batch = partitioning.as_shapes(batch, jax.tree.map(lambda _: rows, batch))
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  whole = partitioning.replicated(run.mesh)
+  rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=whole)
+  return state, {**run.frozen, **tables}, batch, rng
+
+
+def model_flops(config: ml_collections.ConfigDict) -> int:
+  """FLOPs of one update: forward and backward pass of the loss, each once.
+
+  What a step does over again to save memory, and what SAM does more, is not in
+  it. Makes no array.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  config.mesh = dict(data=1)
+  if "remat" in config.model:
+    config.model.remat = False
+  run = setup(config, abstract=True, devices=jax.devices()[:1])
+  state, frozen, batch, rng = step_shapes(run)
+  rngs = jax.eval_shape(
+    lambda rng: jax.random.split(rng, config.batch_size), rng
+  )
+  return flops.count(
+    gradients.make_gradients(run.task),
+    state.params,
+    state.model_state,
+    frozen,
+    batch,
+    rngs,
+    state.step,
+  )
+
+
 def train(
   config: ml_collections.ConfigDict,
   workdir: str,
@@ -299,12 +339,7 @@ def _start(
 ) -> tuple[TrainState, dict[str, PyTree]]:
   """The newest whole checkpoint, else a fresh state and its tables."""
   config = run.config
-  table_shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=partitioning.replicated(run.mesh)
-    ),
-    _table_shapes(run),
-  )
+  table_shapes = _table_shapes(run)
   template = state_shapes(run, {**run.frozen, **table_shapes})
   _write_overview(
     partitioning.overview(template, run.frozen, run.mesh), workdir
@@ -364,11 +399,13 @@ def _write_overview(overview: str, workdir: str) -> None:
 
 
 def _table_shapes(run: Setup) -> dict[str, PyTree]:
-  """What `task.prepare` would give, as shapes."""
+  """What `task.prepare` would give, as shapes on the mesh."""
   batch = run.data.batch_spec(run.config.eval_batch_size)
-  return jax.eval_shape(
+  tables = jax.eval_shape(
     lambda frozen, batch: run.task.prepare(frozen, [batch]), run.frozen, batch
   )
+  whole = partitioning.replicated(run.mesh)
+  return partitioning.as_shapes(tables, jax.tree.map(lambda _: whole, tables))
 
 
 def _loop(
@@ -602,5 +639,5 @@ def describe(config: ml_collections.ConfigDict) -> str:
     UserError: the config is wrong, or an upstream folder is missing.
   """
   run = setup(config, abstract=True)
-  state = state_shapes(run, {**run.frozen, **_table_shapes(run)})
+  state = step_shapes(run)[0]
   return partitioning.overview(state, run.frozen, run.mesh)

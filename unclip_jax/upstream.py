@@ -96,6 +96,8 @@ def load(
   models = {}
   for name, spec in config_frozen.items():
     path = spec.get("path")
+    if abstract and "untrained" in spec and not os.path.isdir(path or ""):
+      path = None  # to know its shapes it need not be there
     if name in (given or {}):
       models[name] = given[name]
       path = "the given model"

@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     image_size=16 if arg.smoke else 64,
     clip_image_size=32 if arg.smoke else 256,
   )
-  config.frozen.clip = dict(path="runs/paper/clip")
+  config.frozen.clip = stage.clip()
 
   config.task_name = "unclip_jax.tasks.decoder"
   config.task = dict(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ml_collections
 
 from configs.emoji import prior_ar
-from configs.paper import clip, data
+from configs.paper import clip, data, stage
 from unclip_jax.utils import config as config_lib
 
 
@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     image_size=64,
     clip_image_size=upstream.model.image_size,
   )
-  config.frozen.clip = dict(path="runs/paper/clip")
+  config.frozen.clip = stage.clip()
   config.prepare_examples = 65_536  # ours: 64 for each dimension of the PCA
   config.checkpoint.every_steps = 5000
   config.eval_every_steps = 5000

@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = data.pairs(
     smoke=arg.smoke, image_size=64, clip_image_size=32 if arg.smoke else 256
   )
-  config.frozen.clip = dict(path="runs/paper/clip")
+  config.frozen.clip = stage.clip()
 
   config.task_name = "unclip_jax.tasks.prior_diffusion"
   config.task = dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_collections
 
 from configs import common
+from configs.paper import clip as clip_config
 
 
 def base() -> ml_collections.ConfigDict:
@@ -17,3 +18,8 @@ def base() -> ml_collections.ConfigDict:
   config.eval_every_steps = 10_000
   config.checkpoint.every_steps = 5000
   return config
+
+
+def clip() -> dict:
+  """`config.frozen.clip`: a trained CLIP; before there is one, its shapes."""
+  return dict(path="runs/paper/clip", untrained=clip_config.get_config())
