@@ -21,6 +21,7 @@ import os
 import pkgutil
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -52,6 +53,27 @@ def load(path_with_arg: str) -> ConfigDict:
   Raises:
     UserError: there is no such file, or it has no get_config(arg).
   """
+  module, arg = load_module(path_with_arg)
+  if inspect.signature(module.get_config).parameters:
+    config = module.get_config(arg or None)
+  elif arg:
+    raise UserError(
+      f"the config {module.__file__} takes no argument, but got {arg!r}"
+    )
+  else:
+    config = module.get_config()
+  return ConfigDict(config).lock()
+
+
+def load_module(path_with_arg: str) -> tuple[types.ModuleType, str]:
+  """The module of a config file, and the argument behind its name, or "".
+
+  Args:
+    path_with_arg: as of `load`.
+
+  Raises:
+    UserError: as `load`.
+  """
   path, _, arg = path_with_arg.partition(".py:")
   path = path if path.endswith(".py") else path + ".py"
   if not os.path.isfile(path):
@@ -69,13 +91,7 @@ def load(path_with_arg: str) -> ConfigDict:
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise UserError(f"{path} is not a config: it defines no get_config(arg)")
-  if inspect.signature(module.get_config).parameters:
-    config = module.get_config(arg or None)
-  elif arg:
-    raise UserError(f"the config {path} takes no argument, but got {arg!r}")
-  else:
-    config = module.get_config()
-  return ConfigDict(config).lock()
+  return module, arg
 
 
 def to_json(config: Fields) -> str:
