@@ -53,6 +53,12 @@ flags.adopt_module_key_flags(jobs)
 
 # A checkpoint must be written between SIGTERM and the end.
 _GRACE_SECONDS = 120
+# A training that SIGTERM stopped has saved and ends with 0, which would count
+# as done. 143 is what SIGTERM leaves by itself, and has the job started again.
+_UNTIL_STOPPED = (
+  "trap 'stopped=1; kill -TERM $!' TERM; {} & wait $!; code=$?;"
+  ' if [ -n "${{stopped:-}}" ]; then wait $!; code=143; fi; exit $code'
+)
 
 
 def xpk(verb: str, *arguments: str) -> list[str]:
@@ -68,12 +74,12 @@ def xpk(verb: str, *arguments: str) -> list[str]:
 def create_commands(arguments: list[str]) -> list[list[str]]:
   generation = jobs.tpu_generation(TYPE.value or "")
   variables = jobs.environment(generation, arguments)
-  # xpk sends SIGTERM to the shell that it starts: exec lets the training be it.
-  train = "exec " + shlex.join(
+  train = shlex.join(
     jobs.with_env(variables, ["unclip", "train", *arguments, "--distributed"])
   )
   if DOCKER_IMAGE.value:
-    before, image = [], [f"--docker-image={DOCKER_IMAGE.value}"]
+    install, before = "", []
+    image = [f"--docker-image={DOCKER_IMAGE.value}"]
   else:
     build = jobs.ROOT / "build"
     archive, source = build / f"{NAME.value}.tar.gz", build / NAME.value
@@ -87,7 +93,7 @@ def create_commands(arguments: list[str]) -> list[list[str]]:
       f"--base-docker-image={BASE_DOCKER_IMAGE.value}",
       f"--script-dir={source}",
     ]
-    train = f"pip install --quiet -c constraints.txt -e '.[tpu]' && {train}"
+    install = "pip install --quiet -c constraints.txt -e '.[tpu]' || exit 1; "
   create = xpk(
     "create",
     f"--workload={NAME.value}",
@@ -96,7 +102,7 @@ def create_commands(arguments: list[str]) -> list[list[str]]:
     f"--max-restarts={MAX_RESTARTS.value}",
     f"--termination-grace-period-seconds={_GRACE_SECONDS}",
     *image,
-    f"--command={train}",
+    f"--command={install}{_UNTIL_STOPPED.format(train)}",
   )
   return [*before, create]
 
