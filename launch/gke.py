@@ -110,8 +110,9 @@ def create_commands(arguments: list[str]) -> list[list[str]]:
 def main(arguments: list[str]) -> None:
   jobs.check_name(NAME.value)
   if ACTION.value == "create":
-    jobs.require("xpk")
-    jobs.execute(create_commands(arguments))
+    commands = create_commands(arguments)
+    jobs.require("xpk")  # before anything is packed
+    jobs.execute(commands)
   elif ACTION.value == "list":
     jobs.execute([xpk("list", f"--filter-by-job={NAME.value}")])
   else:
