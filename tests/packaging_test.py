@@ -107,8 +107,9 @@ def providers(name: str) -> set[str]:
   [
     ("unclip_jax", ("tpu", "gpu", "tf", "interop", "demo")),
     ("configs", ()),
-    # Comparing with foreign implementations is for who has them installed.
-    ("launch", ("interop",)),
+    # Comparing with foreign implementations is for who has them installed;
+    # of the extra dev, matplotlib plots.
+    ("launch", ("interop", "dev")),
     ("tests", ("dev", "interop")),
   ],
 )

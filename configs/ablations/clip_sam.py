@@ -19,6 +19,8 @@ passes in place of one and one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_collections
 
 from configs import common
@@ -35,3 +37,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.optim.sam_replica_batch = config.batch_size // arg.replicas
   config.optim.sam_start_step = arg.start
   return config
+
+
+def sweep(add: Callable[..., None]) -> None:
+  add(rho=0.0)
+  add(rho=0.1, replicas=1)
+  add(rho=0.1, replicas=2)

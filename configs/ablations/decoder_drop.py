@@ -15,6 +15,8 @@ allows both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_collections
 
 from configs import common
@@ -31,3 +33,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.task.text_drop_prob = arg.text
   config.model.learned_null_image_embed = arg.learned_null
   return config
+
+
+def sweep(add: Callable[..., None]) -> None:
+  add()
+  add(image_embed=0.05, text=0.05)
+  add(text=1.0)
+  add(learned_null=False)

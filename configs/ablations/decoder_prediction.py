@@ -11,6 +11,8 @@ snr_scale=1.0 about a quarter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_collections
 
 from configs import common
@@ -26,3 +28,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.task.process.prediction = arg.prediction
   config.task.process.snr_scale = arg.snr_scale
   return config
+
+
+def sweep(add: Callable[..., None]) -> None:
+  for snr_scale in (1.0, 0.2):
+    for prediction in ("eps", "x_start", "v"):
+      add(prediction=prediction, snr_scale=snr_scale)

@@ -10,6 +10,8 @@ at few sampling steps (Nichol & Dhariwal 2021, fig. 8).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_collections
 
 from configs import common
@@ -26,3 +28,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model.out_channels = 6 if arg.variance == "learned_range" else 3
   config.task.sample_options.sampler = "ddpm"
   return config
+
+
+def sweep(add: Callable[..., None]) -> None:
+  for variance in ("learned_range", "fixed_small", "fixed_large"):
+    add(variance=variance)

@@ -11,6 +11,8 @@ whole pipeline.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_collections
 
 from configs import common
@@ -24,3 +26,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.preprocess.blur_prob = arg.blur
   config.data.preprocess.bsr_prob = arg.bsr
   return config
+
+
+def sweep(add: Callable[..., None]) -> None:
+  add()
+  add(blur=1.0)
+  add(bsr=1.0)

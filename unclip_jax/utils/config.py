@@ -21,6 +21,7 @@ import os
 import pkgutil
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -52,8 +53,29 @@ def load(path_with_arg: str) -> ConfigDict:
   Raises:
     UserError: there is no such file, or it has no get_config(arg).
   """
+  path, arg = split_argument(path_with_arg)
+  module = load_module(path)
+  if inspect.signature(module.get_config).parameters:
+    config = module.get_config(arg or None)
+  elif arg:
+    raise UserError(f"the config {path} takes no argument, but got {arg!r}")
+  else:
+    config = module.get_config()
+  return ConfigDict(config).lock()
+
+
+def split_argument(path_with_arg: str) -> tuple[str, str]:
+  """ "configs/emoji/clip.py:quick" -> "configs/emoji/clip.py", "quick"."""
   path, _, arg = path_with_arg.partition(".py:")
-  path = path if path.endswith(".py") else path + ".py"
+  return path if path.endswith(".py") else path + ".py", arg
+
+
+def load_module(path: str) -> types.ModuleType:
+  """The module of a config file; see `load`.
+
+  Raises:
+    UserError: as `load`.
+  """
   if not os.path.isfile(path):
     folder = os.path.dirname(path) or "."
     siblings = os.listdir(folder) if os.path.isdir(folder) else []
@@ -69,13 +91,7 @@ def load(path_with_arg: str) -> ConfigDict:
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise UserError(f"{path} is not a config: it defines no get_config(arg)")
-  if inspect.signature(module.get_config).parameters:
-    config = module.get_config(arg or None)
-  elif arg:
-    raise UserError(f"the config {path} takes no argument, but got {arg!r}")
-  else:
-    config = module.get_config()
-  return ConfigDict(config).lock()
+  return module
 
 
 def to_json(config: Fields) -> str:
