@@ -253,11 +253,18 @@ def state_shapes(run: Setup, frozen: Mapping[str, PyTree]) -> TrainState:
   return partitioning.as_shapes(shapes, shardings)
 
 
-def step_shapes(run: Setup) -> tuple[TrainState, PyTree, PyTree, jax.Array]:
-  """What a train step takes, as shapes and shardings: see `TrainStep`."""
+def step_shapes(
+  run: Setup, *, train: bool = True
+) -> tuple[TrainState, PyTree, PyTree, jax.Array]:
+  """What a train step takes, as shapes and shardings: see `TrainStep`.
+
+  Args:
+    train: False gives the batch that evaluators take.
+  """
   tables = _table_shapes(run)
   state = state_shapes(run, {**run.frozen, **tables})
-  batch = run.data.batch_spec(run.config.batch_size)
+  size = run.config.batch_size if train else run.config.eval_batch_size
+  batch = run.data.batch_spec(size, train=train)
   rows = partitioning.batch_sharding(run.mesh)
   batch = partitioning.as_shapes(batch, jax.tree.map(lambda _: rows, batch))
   rng = jax.eval_shape(lambda: jax.random.key(0))
@@ -538,7 +545,7 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
         f"{where}.pred '{pred}' is unknown"
         + config_lib.suggest(pred, predict_fns)
       )
-    jitted.setdefault(pred, _compile_predict(run, predict_fns[pred]))
+    jitted.setdefault(pred, compile_predict(run, predict_fns[pred]))
     split = fields.pop("split", "validation")
     batches = run.data.eval_batches(
       split,
@@ -558,7 +565,7 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
   return evals
 
 
-def _compile_predict(
+def compile_predict(
   run: Setup, predict_fn: tasks_base.PredictFn
 ) -> tasks_base.PredictFn:
   """On the mesh, with results that every process has whole."""

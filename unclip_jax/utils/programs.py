@@ -63,6 +63,14 @@ class ConfigFlag:
     self._path = path
     self._overrides = overrides
 
+  @property
+  def arguments(self) -> list[str]:
+    """The flags as they were given, for another process."""
+    return [
+      f"--config={self._path.value}",
+      *(f"--config.{override}" for override in self._overrides.value),
+    ]
+
   @functools.cached_property
   def value(self) -> ml_collections.ConfigDict:
     """The config with the overrides put in, locked.
