@@ -37,6 +37,7 @@ def base() -> ml_collections.ConfigDict:
   config.num_microbatches = 1  # parts of a batch whose gradients are averaged
   config.ema_decay = 0.9999
   config.max_nonfinite_updates = 100  # more of them stop the run
+  config.step_timeout = 0  # seconds until a stuck step ends the run; 0 = never
 
   config.log_every_steps = 50
   config.eval_every_steps = 1000

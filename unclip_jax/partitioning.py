@@ -269,6 +269,27 @@ def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
   }
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """(index, count): this process makes block `index` of `count` of a batch.
+
+  Processes whose devices hold the same rows make the same block.
+
+  Raises:
+    UserError: the rows of this process do not lie together.
+  """
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  blocks = sorted(
+    {rows.indices(batch_size)[:2] for (rows,) in indices.values()}
+  )
+  start, stop = blocks[0][0], blocks[-1][1]
+  if sum(b - a for a, b in blocks) != stop - start or start % (stop - start):
+    raise errors.UserError(
+      f"config.mesh {dict(mesh.shape)} gives a host rows that do not lie "
+      "together: let fsdp x tensor be a multiple or a divisor of its devices"
+    )
+  return start // (stop - start), batch_size // (stop - start)
+
+
 # (state, frozen, batch, rng) -> (state, metrics)
 Step = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]]
 

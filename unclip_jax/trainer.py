@@ -27,11 +27,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from absl import logging
 
 from unclip_jax import (
   checkpoints,
+  distributed,
   flops,
   gradients,
   init_from,
@@ -318,7 +320,11 @@ def train(
   Raises:
     UserError: a wrong config, a folder in use, a stored config that differs.
   """
-  with checkpoints.workdir_lock(workdir), _Stop() as stop:
+  with (
+    distributed.ends_together(),
+    checkpoints.workdir_lock(workdir),
+    _Stop() as stop,
+  ):
     run = setup(config)
     config = run.config
     checkpoints.check_config(workdir, config, allow_change=allow_config_change)
@@ -369,7 +375,7 @@ def _start(
   tables = _tables(run, table_shapes, given)
   shardings = jax.tree.map(lambda x: x.sharding, template)
   batch = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), run.data.batch_spec(1)
+    lambda x: np.zeros(x.shape, x.dtype), run.data.batch_spec(1)
   )
   init = jax.jit(
     lambda *args: init_state(run.task, run.tx, *args), out_shardings=shardings
@@ -397,7 +403,7 @@ def _tables(
 
 def _write_overview(overview: str, workdir: str) -> None:
   """The whole table to WORKDIR/parameters.txt, its last lines to the log."""
-  if jax.process_index() == 0:
+  if distributed.is_main():
     path = os.path.join(workdir, "parameters.txt")
     with open(path, "w", encoding="utf-8") as f:
       f.write(overview + "\n")
@@ -432,12 +438,15 @@ def _loop(
   evals = build_evals(run)
   start = step = int(state.step)
   batches = run.data.train_batches(
-    step, config.batch_size, jax.process_index(), jax.process_count()
+    step,
+    config.batch_size,
+    *partitioning.process_rows(run.mesh, config.batch_size),
   )
   timer = _Timer(start)
   pending: Metrics | None = None
   with (
     progress.Progress(config.name, config.num_steps, start=start) as bar,
+    distributed.Watchdog(config.step_timeout) as watchdog,
     contextlib.closing(batches),
   ):
     stopping = False
@@ -449,9 +458,10 @@ def _loop(
       # At most two steps are in flight: wait for the one before this one.
       if pending is not None:
         jax.block_until_ready(pending)
+        watchdog.feed()
       pending = metrics
       # Asked once: a signal later in this step is for the next one.
-      stopping = stop.requested
+      stopping = stop.requested(step)
       last = step == config.num_steps or stopping
 
       if step % config.log_every_steps == 0 or last:
@@ -466,14 +476,14 @@ def _loop(
 
       for name, evaluate in evals.items():
         if step % evaluate.every_steps == 0 or step == config.num_steps:
-          with timer.paused():
+          with timer.paused(), watchdog.paused():
             results = evaluate(state, frozen)
             metric_writers.write_results(
               writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
             )
 
       if step % config.checkpoint.every_steps == 0 or last:
-        with timer.paused():
+        with timer.paused(), watchdog.paused():
           checkpointer.save(step, {"state": state, "tables": tables})
           writer.flush()
   if step < config.num_steps:
@@ -578,22 +588,35 @@ def compile_predict(
 
 
 class _Stop:
-  """A flag that SIGTERM raises; a second SIGTERM ends the process at once."""
+  """What SIGTERM asks for; a second SIGTERM ends the process at once.
+
+  Of many processes one that gets it stops all, after the same step.
+  """
 
   def __init__(self) -> None:
-    self.requested = False
+    self._signalled = False
 
   def __enter__(self) -> _Stop:
     # Only the main thread may install handlers; a notebook cell may not be.
-    self._main = threading.current_thread() is threading.main_thread()
+    # That of many processes is jax's own.
+    self._main = (
+      jax.process_count() == 1
+      and threading.current_thread() is threading.main_thread()
+    )
     if self._main:
       self._before = signal.signal(signal.SIGTERM, self._handle)
     return self
 
   def _handle(self, signum: int, frame: Any) -> None:
-    if self.requested:
+    if self._signalled:
       os._exit(128 + signum)
-    self.requested = True
+    self._signalled = True
+
+  def requested(self, step: int) -> bool:
+    """Whether to stop after this step; asked once a step."""
+    if jax.process_count() > 1:
+      return distributed.stop_requested(step)
+    return self._signalled
 
   def __exit__(self, *error: Any) -> None:
     if self._main:
