@@ -241,6 +241,7 @@ def compile_part(
     "peak_bytes": memory.peak_memory_in_bytes,
     "collective_bytes": program.bytes_by_kind(),
     "rows_gathered": sorted(set(gathered)),
+    "largest_collectives": [c._asdict() for c in program.largest(20)],
   }
   if mode == "slow":
     seconds = program.cycles / TOPOLOGIES[topology].clock

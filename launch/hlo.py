@@ -50,6 +50,14 @@ class Program(NamedTuple):
       sums[c.kind] += c.size * c.times
     return dict(sums)
 
+  def largest(self, count: int) -> list[Collective]:
+    """Those that move most in a step; equal ones are one."""
+    times: collections.Counter[Collective] = collections.Counter()
+    for c in self.collectives:
+      times[c._replace(times=0)] += c.times
+    merged = [c._replace(times=n) for c, n in times.items()]
+    return sorted(merged, key=lambda c: -c.size * c.times)[:count]
+
   def gathers_of(self, rows: int) -> list[tuple[int, ...]]:
     """Shapes [rows, ...] of gathered arrays of more than one axis."""
     return [

@@ -545,10 +545,11 @@ class TestWorkdir:
 
   def test_config(self, tmp_path, warnings):
     config = ml_collections.ConfigDict(
-      {"optim": {"lr": 0.1, "betas": [1, 2]}, "seed": 0}
+      {"optim": {"lr": 0.1, "betas": [1, 2]}, "mesh": {"fsdp": 4}}
     )
     checkpoints.check_config(tmp_path, config)  # a new run
     checkpoints.save_config(tmp_path, config)
+    config.mesh.fsdp = 1  # where it runs is no matter
     checkpoints.check_config(tmp_path, config)
     assert checkpoints.load_config(tmp_path).optim.betas == (1, 2)
     config.optim.lr = 0.2

@@ -132,7 +132,10 @@ def test_a_process_that_stops_stops_the_other(tmp_path, run_python):
   workdir = tmp_path / "run"
   flags = [
     *("--config.num_steps=100000", "--config.optim.schedule=constant"),
-    *("--config.checkpoint.every_steps=100000", "--config.evals={}"),
+    *(
+      "--config.checkpoint.every_steps=100000",
+      "--config.eval_every_steps=100000",
+    ),
   ]
   with two_processes("clip", workdir, *flags, devices=1) as processes:
     wait_for_step(workdir, 3, processes)

@@ -56,6 +56,8 @@ PathLike = str | os.PathLike[str]
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+# Fields of a config that say where a run's arrays lie, and not what they are.
+_PLACE = ("mesh", "sharding", "optimizer_sharding", "axis_rules", "parallel")
 _STEP = re.compile(r"\d+")
 # A step folder, or what Orbax makes of its name until the step is written.
 _UNFINISHED = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
@@ -729,6 +731,8 @@ def check_config(
 ) -> None:
   """Refuses to go on with a run under another config.
 
+  Where it runs (`_PLACE`) may change.
+
   Args:
     workdir: a run's folder; one without a config.json is new.
     config: that of this start.
@@ -739,7 +743,11 @@ def check_config(
   """
   if not (pathlib.Path(workdir) / _CONFIG).exists():
     return
-  changes = config_lib.diff(load_config(workdir), config)
+  changes = [
+    change
+    for change in config_lib.diff(load_config(workdir), config)
+    if re.match(r"\w+", change)[0] not in _PLACE
+  ]
   if not changes:
     return
   text = "; ".join(changes)

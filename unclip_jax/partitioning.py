@@ -317,6 +317,10 @@ class Jit:
     """This process's rows of a batch, as the step takes them."""
     return to_global(batch, self.mesh)
 
+  def on_mesh(self, state: PyTree) -> PyTree:
+    """What a step returned, as arrays over the whole mesh."""
+    return state
+
 
 @dataclasses.dataclass(frozen=True)
 class Pmap:
@@ -340,6 +344,16 @@ class Pmap:
     """[B, ...] -> [devices of this process, B / devices, ...]."""
     n = jax.local_device_count()
     return {k: x.reshape(n, -1, *x.shape[1:]) for k, x in batch.items()}
+
+  def on_mesh(self, state: PyTree) -> PyTree:
+    """As `Jit.on_mesh`, without a copy: a process knows of its own replicas."""
+    whole = replicated(self.mesh)
+
+    def join(x: jax.Array) -> jax.Array:
+      replicas = [shard.data for shard in x.addressable_shards]
+      return jax.make_array_from_single_device_arrays(x.shape, whole, replicas)
+
+    return jax.tree.map(join, state)
 
 
 def make_backend(parallel: str, mesh: Mesh) -> Jit | Pmap:

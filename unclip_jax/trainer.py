@@ -442,6 +442,12 @@ def _loop(
     config.batch_size,
     *partitioning.process_rows(run.mesh, config.batch_size),
   )
+
+  def save(step: int) -> None:
+    checkpointer.save(
+      step, {"state": run.backend.on_mesh(state), "tables": tables}
+    )
+
   timer = _Timer(start)
   pending: Metrics | None = None
   with (
@@ -466,7 +472,7 @@ def _loop(
 
       if step % config.log_every_steps == 0 or last:
         values = {f"train/{k}": float(v) for k, v in metrics.items()}
-        _check_finite(values, config, step, checkpointer, state, tables)
+        _check_finite(values, config, step, save)
         values["train/learning_rate"] = float(run.learning_rate(step - 1))
         values.update(timer.report(step, config.batch_size))
         writer.write_scalars(step, values)
@@ -477,14 +483,14 @@ def _loop(
       for name, evaluate in evals.items():
         if step % evaluate.every_steps == 0 or step == config.num_steps:
           with timer.paused(), watchdog.paused():
-            results = evaluate(state, frozen)
+            results = evaluate(run.backend.on_mesh(state), frozen)
             metric_writers.write_results(
               writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
             )
 
       if step % config.checkpoint.every_steps == 0 or last:
         with timer.paused(), watchdog.paused():
-          checkpointer.save(step, {"state": state, "tables": tables})
+          save(step)
           writer.flush()
   if step < config.num_steps:
     logging.info("stopped at step %d; the same command goes on", step)
@@ -495,14 +501,12 @@ def _check_finite(
   values: Mapping[str, float],
   config: ml_collections.ConfigDict,
   step: int,
-  checkpointer: checkpoints.Checkpointer,
-  state: TrainState,
-  tables: Mapping[str, PyTree],
+  save: Callable[[int], None],
 ) -> None:
   """Saves and stops a run of which too many updates were skipped."""
   skipped = int(values["train/nonfinite_updates"])
   if skipped > config.max_nonfinite_updates:
-    checkpointer.save(step, {"state": state, "tables": tables})
+    save(step)
     raise errors.UserError(
       f"{skipped} updates had non-finite gradients and were skipped, more "
       f"than config.max_nonfinite_updates {config.max_nonfinite_updates}: "
