@@ -140,3 +140,30 @@ def test_eight_devices_equal_one(name, parts, cases, tmp_path, run_python):
       np.testing.assert_allclose(
         other[key], one[key], rtol=1e-4, atol=2e-6, err_msg=f"{case} {key}"
       )
+
+
+def test_a_run_goes_on_on_fewer_devices(tmp_path, run_python):
+  """Saved on 8, restored on 4 and on 1: the loss curve of one device."""
+
+  def train(workdir, num_steps, data, fsdp):
+    run_python(
+      *("-m", "unclip_jax.train", "--config=configs/emoji/clip.py:smoke"),
+      *(f"--workdir={workdir}", "--allow_config_change"),
+      *("--config.optim.name=sgd", "--config.optim.learning_rate=0.1"),
+      *("--config.optim.schedule=constant", "--config.optim.warmup_steps=0"),
+      *(f"--config.num_steps={num_steps}", "--config.eval_every_steps=1000"),
+      *(f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"),
+      devices=data * fsdp,
+    )
+
+  def losses(workdir):
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+  one, fewer = tmp_path / "one", tmp_path / "fewer"
+  train(one, 6, data=1, fsdp=1)
+  train(fewer, 2, data=2, fsdp=4)
+  train(fewer, 4, data=1, fsdp=4)
+  train(fewer, 6, data=1, fsdp=1)
+  assert len(losses(one)) == 6
+  np.testing.assert_allclose(losses(fewer), losses(one), rtol=1e-5)
