@@ -1,5 +1,8 @@
 """What the configs of this folder share: one converted part, trained on.
 
+`:scratch` trains a network of Karlo's sizes anew, as the paper's configs train
+theirs (configs/paper).
+
 Karlo's own training: 115 million pairs, a million steps, dropout 0.1 in the
 decoder; captions dropped with 0.2 (prior) and 0.3 (decoder), embeddings with
 0.1, which the converted part says. Step size and steps are for some hundreds
@@ -14,6 +17,7 @@ from collections.abc import Callable
 import ml_collections
 
 from configs import common, lora
+from configs.paper import clip as paper_clip
 from unclip_jax import checkpoints
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
@@ -23,6 +27,7 @@ def fine_tune(
   arg: str | None,
   part: str,
   smoke: Callable[[], ml_collections.ConfigDict],
+  scratch: Callable[[], ml_collections.ConfigDict],
 ) -> ml_collections.ConfigDict:
   """The config of a run.
 
@@ -30,12 +35,15 @@ def fine_tune(
     arg: of the config's own `get_config`.
     part: folder of the part in a converted model.
     smoke: gives the config of `:smoke`.
+    scratch: gives the config of `:scratch`.
   """
   args = config_lib.parse_arg(
-    arg, model="", pictures="", lora=False, smoke=False
+    arg, model="", pictures="", lora=False, smoke=False, scratch=False
   )
   if args.smoke:
     return smoke()
+  if args.scratch:
+    return scratch()
   if not args.model:
     raise errors.UserError(
       "name the converted model and your pictures: --config FILE:model=DIR,"
@@ -70,3 +78,21 @@ def fine_tune(
     )
   )
   return config
+
+
+def clip() -> dict:
+  """`config.frozen.clip`: a ViT-L/14; before there is one, its shapes."""
+  config = paper_clip.get_config()
+  config.model.update(
+    image_size=224,
+    patch_size=14,
+    vision_width=1024,
+    vision_depth=24,
+    vision_num_heads=16,
+    text_width=768,
+    text_depth=12,
+    text_num_heads=12,
+    embed_dim=768,
+  )
+  config.data.preprocess.image_size = 224
+  return dict(path="models/karlo/clip", untrained=config)

@@ -355,6 +355,7 @@ class Model(nn.Module):
     if not tokens:
       return Condition(sum(embs) if embs else None, {}, None)
     context = jnp.concatenate(tokens, axis=1)
+    context = axes.constrain(context, "batch", "length", "width")
     return Condition(
       emb=sum(embs),
       context={
