@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import linear
+from unclip_jax.layers import linear, remat
 from unclip_jax.utils import axes, errors
 
 
@@ -174,7 +174,8 @@ class SelfAttention(nn.Module):
       )
     elif prefix is not None:
       kv = jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), prefix, own)
-    out = einops.rearrange(attend(query, kv, mask), "b n l k -> b l (n k)")
+    out = remat.name(attend(query, kv, mask), "attention")
+    out = einops.rearrange(out, "b n l k -> b l (n k)")
     return self.out(axes.constrain(out, "batch", "length", "heads")), own
 
   def _split_heads(self, x: jax.Array) -> jax.Array:
