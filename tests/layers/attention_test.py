@@ -231,6 +231,8 @@ COMPILE_FOR_TPU = textwrap.dedent(
     heads = shape("data", "tensor")
     q, kv = heads(4, 4, L, 64), heads(4, 4, M, 64)
     mask = shape("data")(4, 1, 1, M, dtype=bool)
+    # As `init` does: a trace that knows no mesh, which the step may not take.
+    jax.eval_shape(attention.attend, q, attention.KeyValue(kv, kv), mask)
     program = jax.jit(attend).lower(q, kv, kv, mask).compile(
       compiler_options={"exec_time_optimization_effort": -1.0}
     )

@@ -82,7 +82,11 @@ def attend(
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
   platforms = {"cpu": _attend_by_heads}
   if L * M >= _MIN_KERNEL_SCORES and _is_of_keys(mask):
-    platforms["tpu"] = _attend_by_kernel
+    # A function of its own for each trace: JAX would take the trace of the same
+    # one, from where there was no mesh or another.
+    platforms["tpu"] = functools.partial(
+      _attend_by_kernel, rules=axes.current()
+    )
   if _has_cudnn() and q_BxNxLxK.dtype.itemsize == 2 and K <= 128 and K % 8 == 0:
     platforms["cuda"] = _attend_by_cudnn
   return jax.lax.platform_dependent(
@@ -157,6 +161,7 @@ def _attend_by_kernel(
   q_BxNxLxK: jax.Array,
   kv: KeyValue,
   mask: jax.Array | None,
+  rules: axes.AxisRules | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """The same by JAX's splash attention, each device with its rows and heads.
@@ -165,6 +170,8 @@ def _attend_by_kernel(
 
   Args:
     mask: None or [B or 1, 1, 1, M].
+    rules: where rows and heads lie; None: nowhere, or on the device that is
+      being traced.
     interpret: runs on CPU, for tests.
   """
   (B, N, _, _), M = q_BxNxLxK.shape, kv.key.shape[2]
@@ -172,7 +179,6 @@ def _attend_by_kernel(
     mask = jnp.ones((1, 1, 1, M), bool)
   mask_BxM = jnp.broadcast_to(mask[:, 0, 0], (B, M))
   own = functools.partial(_splash, interpret=interpret)
-  rules = axes.current()
   if rules is not None:
     batch = rules.mesh_axes("batch", B) or None
     heads = P(batch, rules.mesh_axes("heads", N) or None)
