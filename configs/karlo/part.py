@@ -61,7 +61,7 @@ def fine_tune(
     config[name] = base[name]
   if "clip" in base.frozen:
     config.frozen.clip = dict(path=os.path.join(args.model, "clip"))
-  config.model.remat = True
+  config.model.remat = "full"
   config.num_steps = 2000
   config.batch_size = 32
   config.ema_decay = 0.999

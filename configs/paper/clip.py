@@ -57,7 +57,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     embed_dim=1024,  # section 2.2: "319 ... out of the original 1,024"
     activation="quick_gelu",  # CLIP's code
     logit_scale_init=math.log(1 / 0.07),  # CLIP
-    remat=True,
+    remat="full",
+    scan=True,
     dtype="bfloat16",
   )
 

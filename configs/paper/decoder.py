@@ -66,9 +66,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       width=2048,  # "Text enc. width"
       depth=24,  # "Text enc. depth"
       num_heads=32,  # "Text enc. heads"
+      scan=True,
     ),
     dropout=0.1,  # "Dropout"
-    remat=True,
+    remat="full",
     dtype="bfloat16",
   )
 

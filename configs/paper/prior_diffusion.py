@@ -59,7 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     depth=24,  # "Text enc. depth"
     num_heads=32,  # "Text enc. heads"
     dropout=0.0,  # "Dropout" -
-    remat=True,
+    remat="full",
+    scan=True,
     dtype="bfloat16",
   )
 

@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     attention_resolutions=(),  # "Attention resolution" -
     scale_shift_norm=True,  # as GLIDE; Karlo has none
     dropout=0.1,  # "Dropout"
-    remat=True,
+    remat="full",
     dtype="bfloat16",
   )
 

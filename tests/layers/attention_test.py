@@ -1,4 +1,8 @@
-"""Attention: the formula, masks, prefixes."""
+"""Attention: the formula, masks, prefixes, and the same on every platform."""
+
+import functools
+import importlib.util
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -132,28 +136,125 @@ def test_width_that_heads_do_not_divide_is_an_error():
     layer.init(jax.random.key(0), jnp.ones((1, 2, 8)))
 
 
-@pytest.mark.parametrize("mask", [None, (256,), (2, 1, 1, 256), (256, 256)])
-def test_one_head_after_the_other_is_the_same(mask):
+def _equal_products(fn, L, M, mask):
+  """Asserts that values and gradients are those of `_attend_at_once`."""
   rng = np.random.default_rng(0)
   q, k, v = (
-    jnp.asarray(rng.standard_normal((2, 3, 256, 4), np.float32))
-    for _ in range(3)
+    jnp.asarray(rng.standard_normal((2, 3, length, 8), np.float32))
+    for length in (L, M, M)
   )
   if mask is not None:
     mask = jnp.asarray(rng.random(mask) < 0.7)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def value_and_grads(fn, q, kv, mask):
+    def loss(q, kv):
+      return jnp.sum(jnp.sin(fn(q, kv, mask)))
+
+    return jax.value_and_grad(loss, (0, 1))(q, kv)
+
   kv = attention.KeyValue(k, v)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    value_and_grads(fn, q, kv, mask),
+    value_and_grads(attention._attend_at_once, q, kv, mask),
+  )
 
-  def loss(fn, q, kv):
-    return jnp.sum(jnp.sin(fn(q, kv, mask)))
 
-  for fn in (attention.attend, attention._attend_by_heads):
-    value, grads = jax.value_and_grad(loss, (1, 2))(fn, q, kv)
-    expected, expected_grads = jax.value_and_grad(loss, (1, 2))(
-      attention._attend_at_once, q, kv
+@pytest.mark.parametrize("mask", [None, (256,), (2, 1, 1, 256), (256, 256)])
+def test_cpus_compute_the_same(mask):
+  _equal_products(attention.attend, 256, 256, mask)
+
+
+@pytest.mark.parametrize("mask", [None, (2, 1, 1, 140)])
+def test_tpus_compute_the_same(mask, monkeypatch):
+  monkeypatch.setattr(attention, "_MAX_BLOCK", 128)  # so that there are two
+  fn = functools.partial(attention._attend_by_kernel, interpret=True)
+  _equal_products(fn, 20, 140, mask)
+
+
+@pytest.mark.parametrize("mask", [None, (2, 1, 1, 9), (1, 1, 5, 9)])
+def test_gpus_compute_the_same(mask):
+  # What stands around cuDNN: layouts, masks, the scale.
+  fn = functools.partial(attention._attend_by_cudnn, implementation="xla")
+  _equal_products(fn, 5, 9, mask)
+
+
+@pytest.mark.parametrize(
+  ("L", "mask", "by_kernel"),
+  [
+    (1024, None, True),
+    (1024, (1284,), True),
+    (1024, (2, 1, 1, 1284), True),
+    (1024, (1024, 1284), False),  # that is not of keys alone
+    (256, (2, 1, 1, 1284), False),
+  ],
+)
+def test_the_kernel_is_for_many_scores_and_masks_of_keys(L, mask, by_kernel):
+  q = jax.ShapeDtypeStruct((2, 3, L, 64), jnp.bfloat16)
+  kv = jax.ShapeDtypeStruct((2, 3, 1284, 64), jnp.bfloat16)
+  mask = mask and jax.ShapeDtypeStruct(mask, bool)
+  program = jax.make_jaxpr(attention.attend)(
+    q, attention.KeyValue(kv, kv), mask
+  )
+  assert ("pallas_call" in str(program)) == by_kernel
+
+
+COMPILE_FOR_TPU = textwrap.dedent(
+  """
+  import sys
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.experimental import topologies
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+  from unclip_jax.layers import attention
+  from unclip_jax.utils import axes
+
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2"
+  )
+  mesh = Mesh(np.asarray(topology.devices).reshape(2, 2), ("data", "tensor"))
+
+  def attend(q, k, v, mask):
+    with axes.use(mesh, {"batch": "data", "heads": "tensor"}):
+      def total(q, k, v):
+        out = attention.attend(q, attention.KeyValue(k, v), mask)
+        return jnp.sum(out.astype(jnp.float32))
+
+      return jax.grad(total, (0, 1, 2))(q, k, v)
+
+  for L, M in ((1024, 1284), (256, 516)):
+    shape = lambda *spec: lambda *shape, dtype=jnp.bfloat16: (
+      jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
     )
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-      grads,
-      expected_grads,
+    heads = shape("data", "tensor")
+    q, kv = heads(4, 4, L, 64), heads(4, 4, M, 64)
+    mask = shape("data")(4, 1, 1, M, dtype=bool)
+    # As `init` does: a trace that knows no mesh, which the step may not take.
+    jax.eval_shape(attention.attend, q, attention.KeyValue(kv, kv), mask)
+    program = jax.jit(attend).lower(q, kv, kv, mask).compile(
+      compiler_options={"exec_time_optimization_effort": -1.0}
     )
+    text = program.as_text()
+    print(
+      text.count("tpu_custom_call"),
+      text.count("all-gather"),
+      program.memory_analysis().temp_size_in_bytes,
+    )
+  """
+)
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler"
+)
+def test_tpus_get_the_kernel_where_there_are_many_scores(run_python):
+  env = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  lines = run_python("-c", COMPILE_FOR_TPU, env=env).stdout.splitlines()
+  large, small = ([int(x) for x in line.split()] for line in lines[-2:])
+  kernels, gathers, temp = large
+  assert kernels == 3  # forward, and two backward
+  assert gathers == 0  # each chip has its own rows and heads
+  assert temp < 2 * 2 * 1024 * 1284 * 4  # the scores alone, in float32
+  assert small[0] == 0

@@ -44,6 +44,19 @@ def test_padding_has_an_embedding_of_its_own_at_every_position():
   np.testing.assert_array_equal(used["position"], [1, 1, 1, 1, 1, 0])
 
 
+def test_a_scanned_stack_changes_nothing():
+  scanned = jax.jit(ENCODER.clone(scan=True).apply).trace(
+    VARIABLES, TOKENS, MASK
+  )
+  assert " scan[" in str(scanned.jaxpr)
+  np.testing.assert_allclose(
+    scanned.lower().compile()(VARIABLES, TOKENS, MASK),
+    encode(TOKENS, MASK),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
 def test_a_caption_that_is_too_long_is_refused():
   long = np.ones((1, 7), np.int32)
   with pytest.raises(errors.UserError, match="at most 6 tokens, not 7"):

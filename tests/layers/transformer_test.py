@@ -1,4 +1,4 @@
-"""Transformer blocks: identity at first, cached prefixes, remat, dropout."""
+"""Transformer blocks: identity at first, prefixes, remat, scan, dropout."""
 
 import functools
 
@@ -16,17 +16,30 @@ from unclip_jax.utils import errors
 class Stack(nn.Module):
   """Two blocks, as a model holds them."""
 
+  depth: int = 2
+  has_context: bool = False
   dropout: float = 0.0
-  remat: bool = False
+  remat: bool | str = False
+  scan: bool = False
 
   def setup(self):
     self.block = [
-      transformer.Block(8, 2, dropout=self.dropout) for _ in range(2)
+      transformer.Block(
+        8, 2, dropout=self.dropout, has_context=self.has_context
+      )
+      for _ in range(self.depth)
     ]
 
-  def __call__(self, x, mask=None, prefixes=None, train=False):
+  def __call__(self, x, mask=None, prefixes=None, context=None, train=False):
     return transformer.run(
-      self.block, x, mask, prefixes=prefixes, train=train, remat=self.remat
+      self.block,
+      x,
+      mask,
+      prefixes=prefixes,
+      context=context,
+      train=train,
+      remat=self.remat,
+      scan=self.scan,
     )
 
 
@@ -72,9 +85,54 @@ def test_remat_changes_the_program_but_neither_names_nor_gradients(x):
   )
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_dropout_of_everything_leaves_the_identity_in_training_only(x, remat):
-  stack = Stack(dropout=1.0, remat=remat)
+def test_a_scanned_stack_is_the_unrolled_one(x):
+  context = random_variables.normal(2, 4, 6)
+  mask = attention.causal_mask(5, 4)
+
+  def stack(**options):
+    return Stack(has_context=True, **options)
+
+  variables, same = (
+    random_variables.like(stack(scan=scan).init, x, mask, context=context)
+    for scan in (False, True)
+  )
+  assert jax.tree.structure(variables) == jax.tree.structure(same)
+
+  def value_and_grads(stack):
+    def loss(variables, x, context):
+      out = stack.apply(variables, x, mask, context=context)
+      return sum((y**2).sum() for y in jax.tree.leaves(out)), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+      variables, x, context
+    )
+
+  expected = value_and_grads(stack())
+  for remat in (False, "dots"):
+    scanned = value_and_grads(stack(scan=True, remat=remat))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+      scanned,
+      expected,
+    )
+
+
+def test_the_program_of_a_scanned_stack_does_not_grow_with_its_depth(x):
+  def products(depth, scan):
+    stack = Stack(depth=depth, remat=True, scan=scan)
+    variables = jax.eval_shape(stack.init, jax.random.key(0), x)
+    gradient = jax.grad(lambda v: (stack.apply(v, x)[0] ** 2).sum())
+    return str(jax.make_jaxpr(gradient)(variables)).count(" dot_general[")
+
+  assert products(2, scan=True) == products(5, scan=True) > 0
+  assert products(2, scan=False) < products(5, scan=False)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"remat": True}, {"scan": True}], ids=str
+)
+def test_dropout_of_everything_leaves_the_identity_in_training_only(x, options):
+  stack = Stack(dropout=1.0, **options)
   variables = random_variables.like(stack.init, x)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -84,6 +142,22 @@ def test_dropout_of_everything_leaves_the_identity_in_training_only(x, remat):
 
   np.testing.assert_array_equal(run(True), x)
   assert not np.allclose(run(False), x, atol=0.1)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_layer_draws_its_own_dropout(x, scan):
+  stack = Stack(dropout=0.5, scan=scan)
+  new = jax.tree.map(
+    np.zeros_like, random_variables.like(stack.init, x)
+  )  # nothing is added to x but these biases
+  for block in new["params"].values():
+    block["attn"]["out"]["bias"] += 1
+  rngs = {"dropout": jax.random.key(0)}
+  out, _ = jax.jit(functools.partial(stack.apply, train=True))(
+    new, x, rngs=rngs
+  )
+  kept = np.rint((out - x) / 2)  # by how many layers, of two
+  assert set(np.unique(kept)) == {0, 1, 2}
 
 
 def test_activations():

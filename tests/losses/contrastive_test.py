@@ -1,5 +1,7 @@
 """The contrastive losses against independent float64 numpy."""
 
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +159,54 @@ def test_losses_and_gradients_stay_finite_at_large_logits():
 
   value, gradient = jax.value_and_grad(loss)(1e5)
   assert np.isfinite(value) and np.isfinite(gradient)
+
+
+AROUND = textwrap.dedent(
+  """
+  import functools
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+  from unclip_jax.losses import contrastive
+  from unclip_jax.utils import axes
+
+  B, D = 16, 5
+  rng = np.random.default_rng(0)
+  text, noise = rng.normal(size=(2, B, D)).astype(np.float32)
+  image = text + 0.1 * noise
+  # Ties of examples that are on different devices.
+  text[9], image[12] = text[2], image[5]
+  weights = rng.normal(size=B).astype(np.float32)
+  args = (image, text, np.float32(3), np.float32(-2))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def value_and_grads(mesh, *args):
+    def weighted(*args):
+      loss, metrics = contrastive.sigmoid(*args)
+      return jnp.sum(weights * loss), (loss, metrics)
+
+    with axes.use(mesh, {"batch": ("data", "fsdp")}):
+      return jax.value_and_grad(weighted, (0, 1, 2, 3), has_aux=True)(*args)
+
+  def check(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+  plain = value_and_grads(None, *args)
+  hits = plain[0][1][1]["image_to_text_accuracy"]
+  assert {0.0, 0.5, 1.0} == set(np.asarray(hits).tolist())
+  for shape in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)):
+    devices = np.asarray(jax.devices()).reshape(shape)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"))
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    placed = (*jax.device_put(args[:2], rows), *args[2:])
+    lowered = value_and_grads.lower(mesh, *placed)
+    assert f"tensor<{B}x{B}xf32>" not in lowered.as_text()
+    jax.tree.map(check, lowered.compile()(*placed), plain)
+  print("equal")
+  """
+)
+
+
+def test_captions_that_go_round_eight_devices_change_nothing(run_python):
+  assert "equal" in run_python("-c", AROUND, devices=8).stdout

@@ -161,7 +161,7 @@ def test_image_embed_depends_on_every_pixel(image, variables):
 
 
 def test_bfloat16_is_close_to_float32(image, variables):
-  model = dataclasses.replace(MODEL, dtype="bfloat16", remat=True)
+  model = dataclasses.replace(MODEL, dtype="bfloat16", remat="dots", scan=True)
   exact, _ = jax.jit(MODEL.apply)(variables, image, TOKENS, MASK)
   rounded, out = jax.jit(model.apply)(variables, image, TOKENS, MASK)
   assert out["text_encodings"].dtype == jnp.bfloat16
@@ -169,6 +169,18 @@ def test_bfloat16_is_close_to_float32(image, variables):
     assert rounded[name].dtype == jnp.float32
     error = np.linalg.norm(rounded[name] - exact[name])
     assert 0 < error < 0.03 * np.linalg.norm(exact[name])
+
+
+def test_scanned_stacks_change_nothing(image, variables):
+  scanned = jax.jit(MODEL.clone(scan=True).apply).trace(
+    variables, image, TOKENS, MASK
+  )
+  assert str(scanned.jaxpr).count(" scan[") == 2
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    scanned.lower().compile()(variables, image, TOKENS, MASK),
+    jax.jit(MODEL.apply)(variables, image, TOKENS, MASK),
+  )
 
 
 def test_one_tower_alone_is_that_of_the_whole(image, variables):

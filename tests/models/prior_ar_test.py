@@ -183,13 +183,21 @@ def test_new_prior_gives_every_bucket_the_same_probability(variables):
 
 
 def test_bfloat16_is_close_to_float32(variables):
-  model = dataclasses.replace(MODEL, dtype="bfloat16", remat=True)
+  model = dataclasses.replace(MODEL, dtype="bfloat16", remat="dots", scan=True)
   exact, _ = _apply(variables, INPUTS)
   rounded, out = _apply(variables, INPUTS, model=model)
   assert out["encodings"].dtype == jnp.bfloat16
   assert rounded.dtype == jnp.float32
   error = np.linalg.norm(rounded - exact)
   assert 0 < error < 0.03 * np.linalg.norm(exact)
+
+
+def test_scanned_stacks_change_nothing(variables):
+  traced = _apply.trace(variables, INPUTS, DROP, MODEL.clone(scan=True))
+  assert str(traced.jaxpr).count(" scan[") == 2
+  scanned, _ = traced.lower().compile()(variables, INPUTS, DROP)
+  logits, _ = _apply(variables, INPUTS, DROP)
+  np.testing.assert_allclose(scanned, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_of_the_paper():

@@ -214,13 +214,21 @@ def test_dropped_text_does_not_depend_on_its_length(variables):
 
 
 def test_bfloat16_is_close_to_float32(variables):
-  model = dataclasses.replace(MODEL, dtype="bfloat16", remat=True)
+  model = dataclasses.replace(MODEL, dtype="bfloat16", remat="dots", scan=True)
   exact, _ = _apply(variables, INPUTS)
   rounded, out = _apply(variables, INPUTS, model=model)
   assert out["encodings"].dtype == jnp.bfloat16
   assert rounded.dtype == jnp.float32
   error = np.linalg.norm(rounded - exact)
   assert 0 < error < 0.03 * np.linalg.norm(exact)
+
+
+def test_a_scanned_stack_changes_nothing(variables):
+  traced = _apply.trace(variables, INPUTS, DROP, MODEL.clone(scan=True))
+  assert " scan[" in str(traced.jaxpr)
+  scanned, _ = traced.lower().compile()(variables, INPUTS, DROP)
+  output, _ = _apply(variables, INPUTS, DROP)
+  np.testing.assert_allclose(scanned, output, rtol=1e-5, atol=1e-5)
 
 
 def test_another_context_length_is_an_error():

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from unclip_jax.layers import remat
+
 # Standard deviation of a standard normal cut at -2 and 2.
 _STDDEV_OF_CUT_NORMAL = 0.87962566103423978
 
 DimensionNumbers = lax.DotDimensionNumbers
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dot_general(
   lhs: jax.Array,
   rhs: jax.Array,
@@ -33,6 +34,17 @@ def dot_general(
   precision: lax.PrecisionLike = None,
 ) -> jax.Array:
   """`lax.dot_general`, accumulated in float32, in the dtype of `lhs`."""
+  out = _dot_general(lhs, rhs, dimension_numbers, precision)
+  return remat.name(out, "dense")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_general(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dimension_numbers: DimensionNumbers,
+  precision: lax.PrecisionLike,
+) -> jax.Array:
   out = lax.dot_general(
     lhs,
     rhs,
@@ -49,7 +61,7 @@ def _dot_general_fwd(
   dimension_numbers: DimensionNumbers,
   precision: lax.PrecisionLike,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return dot_general(lhs, rhs, dimension_numbers, precision), (lhs, rhs)
+  return _dot_general(lhs, rhs, dimension_numbers, precision), (lhs, rhs)
 
 
 def _dot_general_bwd(
@@ -65,7 +77,7 @@ def _dot_general_bwd(
   return vjp(cotangent)
 
 
-dot_general.defvjp(_dot_general_fwd, _dot_general_bwd)
+_dot_general.defvjp(_dot_general_fwd, _dot_general_bwd)
 
 
 def lecun_normal(

@@ -6,6 +6,7 @@ NHWC. Nothing here depends on the height and width of the picture.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import einops
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import linear, norms, winograd
+from unclip_jax.layers import linear, norms, remat, winograd
 from unclip_jax.utils import axes
 
 
@@ -27,14 +28,18 @@ def upsample(x: jax.Array) -> jax.Array:
   return einops.repeat(x, "b h w c -> b (h i) (w j) c", i=2, j=2)
 
 
-# Pads one pixel on every side, also under a stride, as torch does.
-conv3x3 = functools.partial(
+def _conv_general_dilated(*args: Any, **kwargs: Any) -> jax.Array:
+  out = winograd.conv_general_dilated(*args, **kwargs)
+  return remat.name(out, "convolution")
+
+
+conv = functools.partial(
   nn.Conv,
-  kernel_size=(3, 3),
-  padding=((1, 1), (1, 1)),
   kernel_init=linear.lecun_normal,
-  conv_general_dilated=winograd.conv_general_dilated,
+  conv_general_dilated=_conv_general_dilated,
 )
+# Pads one pixel on every side, also under a stride, as torch does.
+conv3x3 = functools.partial(conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
 
 
 _RESAMPLERS = {"down": downsample, "up": upsample}
@@ -93,13 +98,7 @@ class ResBlock(nn.Module):
       name="conv_2",
     )(h)
     if x.shape[-1] != self.out_channels:
-      x = nn.Conv(
-        self.out_channels,
-        (1, 1),
-        kernel_init=linear.lecun_normal,
-        dtype=self.dtype,
-        name="skip",
-      )(x)
+      x = conv(self.out_channels, (1, 1), dtype=self.dtype, name="skip")(x)
     return x + h
 
 

@@ -27,7 +27,8 @@ class TextEncoder(nn.Module):
     width: D.
     depth: number of blocks.
     num_heads: attention heads.
-    remat: recompute each block in the backward pass instead of storing it.
+    remat: what the backward pass keeps of each block (layers/remat.py).
+    scan: compile one block for the whole stack (layers/transformer.py).
     dtype: compute dtype.
   """
 
@@ -36,7 +37,8 @@ class TextEncoder(nn.Module):
   width: int
   depth: int
   num_heads: int
-  remat: bool = False
+  remat: bool | str = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
@@ -68,5 +70,5 @@ class TextEncoder(nn.Module):
     x = self.token_embed(text_tokens)
     x = x + self.position[:L].astype(x.dtype)
     x = jnp.where(text_mask[..., None], x, self.padding[:L].astype(x.dtype))
-    x, _ = transformer.run(self.block, x, remat=self.remat)
+    x, _ = transformer.run(self.block, x, remat=self.remat, scan=self.scan)
     return self.ln_final(x)

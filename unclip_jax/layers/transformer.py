@@ -2,6 +2,11 @@
 
 Both residual branches of a block end in a zero-initialised projection, so a
 new stack is the identity; the sources start it at a small random value.
+
+A stack is unrolled, or scanned: one block's program, run over the parameters of
+all, which are stacked inside of the step. What is compiled then does not grow
+with the depth, names and checkpoints stay. Under sharded parameters shards are
+stacked, and a layer's are gathered when its turn comes, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import attention, linear, norms
+from unclip_jax.layers import remat as remat_lib
 from unclip_jax.utils import axes, errors
 
 
@@ -107,10 +113,16 @@ class Block(nn.Module):
     mask: jax.Array | None = None,
     *,
     prefix: attention.KeyValue | None = None,
+    context: jax.Array | None = None,
     start: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, attention.KeyValue]:
-    """[B, L, D] -> [B, L, D] and the keys and values of x; see attention."""
+    """[B, L, D] -> [B, L, D] and the keys and values of x; see attention.
+
+    `context` [B, M, any size] stands for the prefix that it gives.
+    """
+    if context is not None:
+      prefix = self.encode_context(context)
     x = axes.constrain(x, "batch", "length", "width")
     y, kv = self.attn(self.norm_1(x), mask, prefix=prefix, start=start)
     x = x + self.drop(y, deterministic=not train)
@@ -126,9 +138,11 @@ def run(
   mask: jax.Array | None = None,
   *,
   prefixes: Sequence[attention.KeyValue] | None = None,
+  context: jax.Array | None = None,
   start: jax.Array | None = None,
   train: bool = False,
-  remat: bool = False,
+  remat: bool | str = False,
+  scan: bool = False,
 ) -> tuple[jax.Array, tuple[attention.KeyValue, ...]]:
   """Runs a stack of blocks, submodules of the caller.
 
@@ -137,22 +151,30 @@ def run(
     x: [B, L, D].
     mask: as in attention, the same for every layer.
     prefixes: keys and values that stand before x, one per layer.
+    context: [B, M, any size], of which each layer makes its own prefix, and
+      again in the backward pass with remat.
     start: as in attention: x is put into the prefixes.
     train: whether dropout is on.
-    remat: whether the backward pass recomputes each block from its input.
+    remat: what the backward pass keeps of each block (layers/remat.py).
+    scan: whether one program runs all blocks, which are alike. Dropout then
+      draws otherwise. With prefixes, which would be copied, and in `init`
+      stacks are unrolled nevertheless.
 
   Returns:
     [B, L, D] and each layer's keys and values of x; with `start` the prefixes
     that they were put into.
   """
+  if scan and prefixes is None and not blocks[0].is_initializing():
+    return _scan(blocks, x, mask, context, train=train, remat=remat)
 
   def call(
     block: Block, x: jax.Array, prefix: attention.KeyValue | None
   ) -> tuple[jax.Array, attention.KeyValue]:
-    return block(x, mask, prefix=prefix, start=start, train=train)
+    return block(
+      x, mask, prefix=prefix, context=context, start=start, train=train
+    )
 
-  if remat:
-    call = nn.remat(call)
+  call = remat_lib.checkpoint(call, remat, nn.remat)
   kvs = []
   for block, prefix in zip(
     blocks, prefixes or [None] * len(blocks), strict=True
@@ -160,3 +182,37 @@ def run(
     x, kv = call(block, x, prefix)
     kvs.append(kv)
   return x, tuple(kvs)
+
+
+def _scan(
+  blocks: Sequence[Block],
+  x: jax.Array,
+  mask: jax.Array | None,
+  context: jax.Array | None,
+  *,
+  train: bool,
+  remat: bool | str,
+) -> tuple[jax.Array, tuple[attention.KeyValue, ...]]:
+  """`run` as one `jax.lax.scan`."""
+  block, _ = blocks[0].unbind()
+
+  def stack(*leaves: jax.Array) -> jax.Array:
+    # Kernels are used in the compute dtype; cast first, less is stacked.
+    dtype = block.dtype if leaves[0].ndim > 1 else leaves[0].dtype
+    return jnp.stack([leaf.astype(dtype) for leaf in leaves])
+
+  variables = jax.tree.map(stack, *(block.variables for block in blocks))
+  rngs = {}
+  if blocks[0].has_rng("dropout"):
+    key = blocks[0].make_rng("dropout")
+    rngs = {"dropout": jax.random.split(key, len(blocks))}
+
+  def layer(x: jax.Array, own: tuple) -> tuple[jax.Array, attention.KeyValue]:
+    variables, rngs = own
+    return block.apply(
+      variables, x, mask, context=context, train=train, rngs=rngs
+    )
+
+  layer = remat_lib.checkpoint(layer, remat, prevent_cse=False)
+  x, kvs = jax.lax.scan(layer, x, (variables, rngs))
+  return x, tuple(attention.KeyValue(*kv) for kv in zip(*kvs, strict=True))

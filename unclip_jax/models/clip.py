@@ -54,7 +54,8 @@ class VisionTower(nn.Module):
   activation: str
   image_mean: tuple[float, ...] | None
   image_std: tuple[float, ...] | None
-  remat: bool
+  remat: bool | str
+  scan: bool
   dtype: DTypeLike
 
   def setup(self) -> None:
@@ -114,7 +115,9 @@ class VisionTower(nn.Module):
     )
     x = jnp.concatenate([class_token, x], axis=1)
     x = self.ln_pre(x + self.position.astype(x.dtype))
-    x, _ = transformer.run(self.block, x, train=train, remat=self.remat)
+    x, _ = transformer.run(
+      self.block, x, train=train, remat=self.remat, scan=self.scan
+    )
     image_embed = self.projection(self.ln_post(x[:, 0]))
     return image_embed.astype(jnp.float32), {"image_encodings": x}
 
@@ -130,7 +133,8 @@ class TextTower(nn.Module):
   embed_dim: int
   mlp_ratio: float
   activation: str
-  remat: bool
+  remat: bool | str
+  scan: bool
   dtype: DTypeLike
 
   def setup(self) -> None:
@@ -174,7 +178,9 @@ class TextTower(nn.Module):
     x = self.token_embed(text_tokens)
     x = x + self.position[:L].astype(x.dtype)
     mask = attention.causal_mask(L) & text_mask[:, None, None, :]
-    x, _ = transformer.run(self.block, x, mask, train=train, remat=self.remat)
+    x, _ = transformer.run(
+      self.block, x, mask, train=train, remat=self.remat, scan=self.scan
+    )
     x = self.ln_final(x)
     text_embed = self.projection(embeddings.pool_last_valid(x, text_mask))
     return text_embed.astype(jnp.float32), {"text_encodings": x}
@@ -203,7 +209,8 @@ class Model(nn.Module):
       parameter (Karlo's weights have none).
     logit_bias_init: initial bias of the logits (the sigmoid loss: Zhai et al.
       2023 start at -10); None: no such parameter.
-    remat: recompute each block in the backward pass instead of storing it.
+    remat: what the backward pass keeps of each block (layers/remat.py).
+    scan: compile one block for the whole stack (layers/transformer.py).
     dtype: compute dtype; parameters are float32.
   """
 
@@ -226,7 +233,8 @@ class Model(nn.Module):
   image_std: tuple[float, ...] | None = None
   logit_scale_init: float | None = math.log(1 / 0.07)
   logit_bias_init: float | None = None
-  remat: bool = False
+  remat: bool | str = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
@@ -247,6 +255,7 @@ class Model(nn.Module):
         image_mean=self.image_mean,
         image_std=self.image_std,
         remat=self.remat,
+        scan=self.scan,
         dtype=self.dtype,
       )
     if self.text_width is not None:
@@ -260,6 +269,7 @@ class Model(nn.Module):
         mlp_ratio=self.text_mlp_ratio or self.mlp_ratio,
         activation=self.activation,
         remat=self.remat,
+        scan=self.scan,
         dtype=self.dtype,
       )
     if self.logit_scale_init is not None:

@@ -59,7 +59,8 @@ class Model(nn.Module):
     learned_null_text: whether there are null states for `text_drop`.
     mlp_ratio: hidden width of the MLPs, in widths.
     dropout: rate in the residual branches, when training.
-    remat: recompute each block in the backward pass instead of storing it.
+    remat: what the backward pass keeps of each block (layers/remat.py).
+    scan: compile one block for the whole stack (layers/transformer.py).
     dtype: compute dtype; parameters are float32.
   """
 
@@ -73,7 +74,8 @@ class Model(nn.Module):
   learned_null_text: bool = True
   mlp_ratio: float = 4
   dropout: float = 0.0
-  remat: bool = False
+  remat: bool | str = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
@@ -153,7 +155,9 @@ class Model(nn.Module):
     )
     x = jnp.concatenate([prefix, self._embed_step(x_t, timesteps)], axis=1)
     mask = attention.causal_mask(x.shape[1]) & _extend(prefix_mask)
-    x, _ = transformer.run(self.block, x, mask, train=train, remat=self.remat)
+    x, _ = transformer.run(
+      self.block, x, mask, train=train, remat=self.remat, scan=self.scan
+    )
     x = self.ln_final(x)
     return self.output(x[:, -1]).astype(jnp.float32), {"encodings": x}
 

@@ -71,7 +71,8 @@ class Model(nn.Module):
     vocab_size: text tokens are 0 to vocab_size - 1; None: text states come in.
     mlp_ratio: hidden width of the MLPs, in widths.
     dropout: rate in the residual branches, when training.
-    remat: recompute each block in the backward pass instead of storing it.
+    remat: what the backward pass keeps of each block (layers/remat.py).
+    scan: compile one block for the whole stack (layers/transformer.py).
     dtype: compute dtype; parameters are float32.
   """
 
@@ -90,7 +91,8 @@ class Model(nn.Module):
   vocab_size: int | None = None
   mlp_ratio: float = 4
   dropout: float = 0.0
-  remat: bool = False
+  remat: bool | str = False
+  scan: bool = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
@@ -191,23 +193,22 @@ class Model(nn.Module):
       {"encodings": [B, num_codes + 1, D], "text_encodings": [B, L, the
       encoder's width]}.
     """
-    text, encoded = self._encode_text(
+    encoded, text_mask, text_embed = self._encode_text(
       text_embed, text_encodings, text_mask, text_tokens, text_drop, train
     )
     if text_drop is not None:
       dot_bucket = jnp.where(text_drop, self.num_dot_buckets, dot_bucket)
-    x = jnp.concatenate(
-      [self._embed_given(text, dot_bucket), self.code_embed(codes[:, :-1])],
-      axis=1,
-    )
+    given = self._embed_given(text_embed, dot_bucket)
+    x = jnp.concatenate([given, self.code_embed(codes[:, :-1])], axis=1)
     x = x + self.position.astype(x.dtype)
     x, _ = transformer.run(
       self.block,
       x,
-      _causal_mask(text.mask, x.shape[1]),
-      prefixes=text.layers,
+      _causal_mask(text_mask, x.shape[1]),
+      context=encoded,
       train=train,
       remat=self.remat,
+      scan=self.scan,
     )
     x = self.ln_final(x)
     logits = self.output(x[:, _NUM_GIVEN_POSITIONS - 1 :])
@@ -224,10 +225,11 @@ class Model(nn.Module):
     text_drop: jax.Array | None = None,
   ) -> Text:
     """What `prefill` needs of the text; arguments as in `__call__`."""
-    text, _ = self._encode_text(
+    encoded, text_mask, text_embed = self._encode_text(
       text_embed, text_encodings, text_mask, text_tokens, text_drop, False
     )
-    return text
+    layers = tuple(block.encode_context(encoded) for block in self.block)
+    return Text(layers, text_mask, text_embed)
 
   def prefill(
     self, text: Text, dot_bucket: jax.Array
@@ -238,7 +240,7 @@ class Model(nn.Module):
       text: from `encode_text`.
       dot_bucket: [B] int32; num_dot_buckets means that none is given.
     """
-    x = self._embed_given(text, dot_bucket)
+    x = self._embed_given(text.text_embed, dot_bucket)
     x = x + self.position[:_NUM_GIVEN_POSITIONS].astype(x.dtype)
     mask = _causal_mask(text.mask, _NUM_GIVEN_POSITIONS)
     x, given = transformer.run(self.block, x, mask, prefixes=text.layers)
@@ -288,8 +290,8 @@ class Model(nn.Module):
     text_tokens: jax.Array | None,
     text_drop: jax.Array | None,
     train: bool,
-  ) -> tuple[Text, jax.Array]:
-    """What the latent decoder gets, and the encoder's states [B, L, width]."""
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The encoder's states [B, L, width], their mask, projected text_embed."""
     is_given = self.vocab_size is None
     x, text_mask = embeddings.text_states(
       text_encodings,
@@ -312,14 +314,16 @@ class Model(nn.Module):
       text_mask[:, None, None, :],
       train=train,
       remat=self.remat,
+      scan=self.scan,
     )
     x = self.encoder_ln_final(x)
-    layers = tuple(block.encode_context(x) for block in self.block)
-    return Text(layers, text_mask, self.text_embed_proj(text_embed)), x
+    return x, text_mask, self.text_embed_proj(text_embed)
 
-  def _embed_given(self, text: Text, dot_bucket: jax.Array) -> jax.Array:
+  def _embed_given(
+    self, text_embed: jax.Array, dot_bucket: jax.Array
+  ) -> jax.Array:
     """Tokens [B, 2, D] of text_embed and dot product, without positions."""
-    return jnp.stack([text.text_embed, self.dot_embed(dot_bucket)], axis=1)
+    return jnp.stack([text_embed, self.dot_embed(dot_bucket)], axis=1)
 
 
 def _causal_mask(text_mask: jax.Array, length: int) -> jax.Array:

@@ -52,6 +52,7 @@ from unclip_jax.layers import (
   embeddings,
   linear,
   norms,
+  remat,
   resnet,
   text_encoder,
 )
@@ -176,7 +177,7 @@ class Model(nn.Module):
     max_groups: of the norms (layers.norms.num_groups).
     low_res_resize: "bilinear" or "bicubic", how low_res is enlarged.
     resblock_updown: resample in ResBlocks, not by lone convolutions.
-    remat: recompute each unit in the backward pass instead of storing it.
+    remat: what the backward pass keeps of each unit (layers/remat.py).
     dtype: compute dtype; parameters are float32.
   """
 
@@ -203,7 +204,7 @@ class Model(nn.Module):
   max_groups: int = 32
   low_res_resize: str = "bilinear"
   resblock_updown: bool = True
-  remat: bool = False
+  remat: bool | str = False
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
@@ -435,8 +436,7 @@ class Model(nn.Module):
       prefix = condition.context.get(unit.name)
       return unit(x, emb, prefix, condition.mask, train=train)
 
-    if self.remat:
-      call = nn.remat(call)
+    call = remat.checkpoint(call, self.remat, nn.remat)
 
     x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
     x = _constrain(self.conv_in(x))
