@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class Topology:
     """
     from jax.experimental import topologies
 
+    os.environ.update(_LIBTPU)
     try:
       return topologies.get_topology_desc(
         platform="tpu",
@@ -51,6 +53,15 @@ class Topology:
       raise UserError(
         f"no TPU compiler ({e}): install the extra tpu, pip install -e '.[tpu]'"
       ) from e
+
+
+# libtpu may ask no machine what it is, and several processes may compile.
+_LIBTPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def _v5e(grid: str, *wrap: bool, **fields: Any) -> Topology:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`
 # (the vendors' data sheets; a TPU v7x chip is two devices).
@@ -43,7 +44,9 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
   Args:
     args: arrays or `ShapeDtypeStruct`s.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(used)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:
@@ -64,7 +67,7 @@ def _count_equation(eqn: core.JaxprEqn) -> int:
   if name == "scan":
     return params["length"] * sum(inner)
   if name == "shard_map":
-    mesh, manual = params["mesh"], params["manual_axes"]
+    mesh, manual = params["mesh"], params["newly_manual_axes"]
     return math.prod(mesh.shape[axis] for axis in manual) * sum(inner)
   return sum(inner)
 

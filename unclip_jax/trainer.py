@@ -283,8 +283,9 @@ def model_flops(config: ml_collections.ConfigDict) -> int:
   """
   config = config.copy_and_resolve_references().unlock()
   config.mesh = dict(data=1)
-  if "remat" in config.model:
-    config.model.remat = False
+  for field in ("remat", "scan"):
+    if field in config.model:
+      del config.model[field]
   run = setup(config, abstract=True, devices=jax.devices()[:1])
   state, frozen, batch, rng = step_shapes(run)
   rngs = jax.eval_shape(
