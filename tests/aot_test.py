@@ -154,14 +154,12 @@ def test_compiles_what_fits_and_says_what_does_not(tmp_path, run_python):
 
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e-1", "v6e-256", "v5p-128", "2xv5e-256"])
-def test_topologies(name, monkeypatch):
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+def test_topologies(name):
   devices = TOPOLOGIES[name].devices()
   expected = {"v5e-1": 1, "v6e-256": 256, "v5p-128": 64, "2xv5e-256": 512}
   assert len(devices) == expected[name]
-  assert {d.slice_index for d in devices} == set(
-    range(1 + name.startswith("2x"))
-  )
+  slices = {getattr(d, "slice_index", 0) for d in devices}
+  assert len(slices) == (2 if name.startswith("2x") else 1)
 
 
 def test_mistakes_are_told_in_a_line(tmp_path, run_python):
