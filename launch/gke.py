@@ -2,7 +2,7 @@ r"""Trains on TPU slices of a GKE cluster, through xpk.
 
   python launch/gke.py --name my-run --cluster C --type v5litepod-256 \
     --zone us-west4-a --project P -- \
-    --config configs/paper/decoder.py --workdir gs://BUCKET/my-run
+    --config configs/paper/decoder.py --workdir /tmp/BUCKET/my-run
 
 `--action create` sends the job off, `list` says how it does, `delete` ends it.
 The cluster is there already (`xpk cluster create`). Where nodes are taken away,

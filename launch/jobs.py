@@ -71,7 +71,7 @@ def workdir(arguments: Sequence[str]) -> str:
   """The run folder that the training's arguments name.
 
   Raises:
-    UserError: they name no config or no run folder.
+    UserError: they name no config or no run folder, or a bucket.
   """
   values = {}
   for i, argument in enumerate(arguments):
@@ -84,6 +84,7 @@ def workdir(arguments: Sequence[str]) -> str:
         f"the training's arguments lack {name}: they stand behind --, as in"
         " `-- --config configs/emoji/clip.py --workdir runs/clip`"
       )
+  programs.check_folder("workdir", values["--workdir"])
   return values["--workdir"]
 
 

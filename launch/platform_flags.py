@@ -115,7 +115,7 @@ PLATFORMS = (*LIBTPU_INIT_ARGS, "gpu", "cpu")
 
 
 def cache(folder: str) -> dict[str, str]:
-  """Environment that keeps compiled programs in a folder, or at a gs:// path.
+  """Environment that keeps compiled programs in a folder.
 
   Every process reads it and process 0 alone writes (jax): where a run has
   several hosts, it has to be a place that all of them see.

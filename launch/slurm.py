@@ -86,10 +86,6 @@ def script(arguments: list[str], log: pathlib.Path) -> str:
 def main(arguments: list[str]) -> None:
   jobs.check_name(NAME.value)
   workdir = jobs.workdir(arguments)
-  if "://" in workdir:
-    raise UserError(
-      f"--workdir {workdir} is no folder: nodes of SLURM share a file system"
-    )
   folder = pathlib.Path(workdir).absolute().parent
   path = folder / f"{NAME.value}.sbatch"
   text = script(arguments, folder / f"{NAME.value}.log")

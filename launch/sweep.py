@@ -48,6 +48,7 @@ if __name__ == "__main__":
 
 from launch import jobs, platform_flags
 from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import programs
 from unclip_jax.utils.errors import UserError
 
 CONFIG = flags.DEFINE_string(
@@ -219,10 +220,9 @@ def gather(runs: Sequence[Run], folder: str) -> None:
   """Writes and prints the table, then plots.
 
   Raises:
-    UserError: no run has metrics.
+    UserError: no run has metrics, or the folder is a bucket.
   """
-  if "://" in folder:
-    raise UserError(f"{folder} is no folder: copy it here, and gather that")
+  programs.check_folder("out", folder)
   out = pathlib.Path(folder)
   folders = {run.name: out / run.name for run in runs}
   lines = [summary(run, folders[run.name], METRICS.value) for run in runs]

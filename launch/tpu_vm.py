@@ -2,7 +2,7 @@ r"""Trains on a Cloud TPU slice of its own: creates it, and deletes it.
 
   python launch/tpu_vm.py --name my-run --type v5litepod-256 \
     --zone us-west4-a --project P --spot -- \
-    --config configs/paper/decoder.py --workdir gs://BUCKET/my-run
+    --config configs/paper/decoder.py --workdir /tmp/BUCKET/my-run
 
 Actions, in the order given:
   create   asks for the slice as a queued resource, and waits for it
@@ -12,10 +12,14 @@ Actions, in the order given:
   tail     follows worker 0's log until the training ends, fails if it failed
   delete   the slice and the request for it; nothing else does
 
-A workdir on the slice's own disk goes with the slice: give one on gs://. A spot
-slice that was taken away is deleted and created again by
-`--actions delete,create,copy,install,run,tail`; the training goes on where it
-last saved.
+A workdir on the slice's own disk goes with the slice. `--prepare` is shell text
+that every worker runs at the end of `install`, such as
+
+  mkdir -p /tmp/BUCKET && gcsfuse --implicit-dirs BUCKET /tmp/BUCKET
+
+which gives the workers a bucket as a folder. A spot slice that was taken away is
+deleted and created again by `--actions delete,create,copy,install,run,tail`; the
+training goes on where it last saved.
 
 The commands are those of gcloud (cloud.google.com/tpu/docs/queued-resources,
 /spot, /runtimes).
@@ -60,6 +64,9 @@ WAIT_MINUTES = flags.DEFINE_integer(
   120,
   "How long to wait for the slice; then the request ends.",
   1,
+)
+PREPARE = flags.DEFINE_string(
+  "prepare", "", "Shell text that every worker runs after the installation."
 )
 ACTIONS = flags.DEFINE_list(
   "actions", list(_ACTIONS[:-1]), f"Of {','.join(_ACTIONS)}."
@@ -162,6 +169,7 @@ def install_command() -> list[str]:
     f" && python3 -m uv venv --allow-existing --python 3.11 {_VENV}"
     f" && python3 -m uv pip install --quiet --python {_VENV}/bin/python"
     " -c constraints.txt -e '.[tpu]'"
+    + (f" && {{ {PREPARE.value}; }}" if PREPARE.value else "")
   )
 
 

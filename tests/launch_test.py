@@ -21,7 +21,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a shell would take apart, were it not quoted.
 ODD = """it's "a" $HOME;&& #1"""
-TRAIN = ["--", "--config=configs/emoji/clip.py", "--workdir=gs://b/x"]
+TRAIN = ["--", "--config=configs/emoji/clip.py", "--workdir=/mnt/b/x"]
 CLOUD = ["--name=a", "--zone=z", "--project=p", "--env=LIBTPU_INIT_ARGS=--x=1"]
 CACHE = (
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0"
@@ -106,8 +106,8 @@ def test_tpu_vm_dry_run(launch):
     ' exit 1; fi; cd "$HOME"/unclip_jax && rm -f "$HOME"/train.exit &&'
     f' {{ nohup bash -c {q}PATH="$HOME"/unclip_jax_venv/bin:$PATH;'
     " env LIBTPU_INIT_ARGS=--x=1"
-    f" JAX_COMPILATION_CACHE_DIR=gs://b/x/jax_cache {CACHE} unclip train"
-    " --config=configs/emoji/clip.py --workdir=gs://b/x --distributed;"
+    f" JAX_COMPILATION_CACHE_DIR=/mnt/b/x/jax_cache {CACHE} unclip train"
+    " --config=configs/emoji/clip.py --workdir=/mnt/b/x --distributed;"
     f' echo $? > "$HOME"/train.exit{q} > "$HOME"/train.log 2>&1 < /dev/null &'
     f' echo $! > "$HOME"/train.pid; }}\' {where}',
     f'{ssh}=0 \'--command=tail -n +1 -F --pid="$(cat "$HOME"/train.pid)"'
@@ -132,8 +132,8 @@ def test_gke_dry_run(launch):
     f" '--command=pip install --quiet -c constraints.txt -e {q}.[tpu]{q}"
     f" || exit 1; trap {q}stopped=1; kill -TERM $!{q} TERM;"
     " env LIBTPU_INIT_ARGS=--x=1"
-    f" JAX_COMPILATION_CACHE_DIR=gs://b/x/jax_cache {CACHE} unclip train"
-    " --config=configs/emoji/clip.py --workdir=gs://b/x --distributed"
+    f" JAX_COMPILATION_CACHE_DIR=/mnt/b/x/jax_cache {CACHE} unclip train"
+    " --config=configs/emoji/clip.py --workdir=/mnt/b/x --distributed"
     ' & wait $!; code=$?; if [ -n "${stopped:-}" ]; then wait $!; code=143; fi;'
     " exit $code'",
   ]
@@ -430,7 +430,10 @@ PREDICTION = "--config=configs/ablations/decoder_prediction.py"
       ["gke", *CLOUD, "--cluster=c", "--type=v4-8", *TRAIN],
       ["xpk is not on PATH"],
     ),
-    ([*SLURM, *TRAIN], ["gs://b/x", "file system"]),
+    (
+      ["gpus", "--dry_run", "--", "--config=c", "--workdir=gs://b/x"],
+      ["mount"],
+    ),
     ([*SLURM, "--option=-p gpu", "--", *TRAIN[1:2], "--workdir=x"], ["-p gpu"]),
     (["slurm", "--name=a", "--", "--config=c", "--workdir=x"], ["sbatch is"]),
     (["gpus", "--dry_run", "--", "--config=c"], ["lack --workdir"]),
@@ -439,7 +442,7 @@ PREDICTION = "--config=configs/ablations/decoder_prediction.py"
     (["sweep", "--out=x", "--config=configs/emoji/clip.py"], ["no sweep(add)"]),
     (["sweep", "--out=x", PREDICTION, "--only=zzz"], ["zzz"]),
     (["sweep", "--out=x", PREDICTION, "--only=("], ["no regular expression"]),
-    (["sweep", "--out=gs://x", PREDICTION, "--gather_only"], ["copy it"]),
+    (["sweep", "--out=gs://x", PREDICTION, "--gather_only"], ["mount"]),
     (["sweep", "--out=x", PREDICTION, "--gather_only"], ["metrics yet"]),
   ],
 )

@@ -55,6 +55,7 @@ def main() -> None:
       process_id=PROCESS_ID.value,
       peer_timeout=PEER_TIMEOUT.value,
     )
+  programs.check_folder("workdir", WORKDIR.value)
   if DRY_RUN.value:
     print(trainer.describe(CONFIG.value))
     return

@@ -84,6 +84,15 @@ class ConfigFlag:
     return config_lib.apply_overrides(config, overrides)
 
 
+def check_folder(flag: str, path: str) -> None:
+  """Raises UserError for an address, such as gs://bucket/run."""
+  if "://" in path:
+    raise UserError(
+      f"--{flag} {path} is no folder: mount the bucket on every host (gcsfuse "
+      "for Google Cloud Storage) and give the path of the mount"
+    )
+
+
 def config_flag() -> ConfigFlag:
   """Defines `--config FILE.py[:arg]` and `--config.a.b=value`."""
   path = flags.DEFINE_string(
