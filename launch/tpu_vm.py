@@ -17,9 +17,9 @@ that every worker runs at the end of `install`, such as
 
   mkdir -p /tmp/BUCKET && gcsfuse --implicit-dirs BUCKET /tmp/BUCKET
 
-which gives the workers a bucket as a folder. A spot slice that was taken away is
-deleted and created again by `--actions delete,create,copy,install,run,tail`; the
-training goes on where it last saved.
+which gives the workers a bucket as a folder. A spot slice that was taken away
+is deleted and created again by `--actions delete,create,copy,install,run,tail`;
+the training goes on where it last saved.
 
 The commands are those of gcloud (cloud.google.com/tpu/docs/queued-resources,
 /spot, /runtimes).

@@ -6,7 +6,8 @@ r"""Karlo's decoder, trained on with your own pictures.
 
 The image tower (`--image_encoder`) is needed: the decoder learns to draw
 pictures from their embeddings. `,lora` behind the pictures trains adapters in
-place of all weights (configs/lora.py). `:scratch` trains one of its size anew.
+place of all weights (configs/lora.py). `:scratch` trains one of its size anew,
+`:scratch,mxu` one of 384 channels, to which a TPU would fill up its 320.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def _smoke() -> ml_collections.ConfigDict:
   return config
 
 
-def _scratch() -> ml_collections.ConfigDict:
-  config = paper_decoder.get_config()
+def _scratch(arg: str | None) -> ml_collections.ConfigDict:
+  config = paper_decoder.get_config(arg)
   config.data.preprocess.update(clip_image_size=224, context_length=77)
   config.frozen.clip = part.clip()
   config.task.embedding_space = "raw"
   config.task.text_drop_prob = 0.3
   del config.model.text_encoder
   config.model.update(
-    channels=320,
+    channels=384 if arg else 320,
     image_embed_dim=768,
     text_width=768,
     text_embed_dim=768,

@@ -27,7 +27,7 @@ def fine_tune(
   arg: str | None,
   part: str,
   smoke: Callable[[], ml_collections.ConfigDict],
-  scratch: Callable[[], ml_collections.ConfigDict],
+  scratch: Callable[[str | None], ml_collections.ConfigDict],
 ) -> ml_collections.ConfigDict:
   """The config of a run.
 
@@ -35,15 +35,21 @@ def fine_tune(
     arg: of the config's own `get_config`.
     part: folder of the part in a converted model.
     smoke: gives the config of `:smoke`.
-    scratch: gives the config of `:scratch`.
+    scratch: gives the config of `:scratch`, from the argument of the paper's.
   """
   args = config_lib.parse_arg(
-    arg, model="", pictures="", lora=False, smoke=False, scratch=False
+    arg,
+    model="",
+    pictures="",
+    lora=False,
+    smoke=False,
+    scratch=False,
+    mxu=False,
   )
   if args.smoke:
     return smoke()
   if args.scratch:
-    return scratch()
+    return scratch("mxu" if args.mxu else None)
   if not args.model:
     raise errors.UserError(
       "name the converted model and your pictures: --config FILE:model=DIR,"

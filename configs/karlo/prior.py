@@ -30,8 +30,8 @@ def _smoke() -> ml_collections.ConfigDict:
   return config
 
 
-def _scratch() -> ml_collections.ConfigDict:
-  config = prior_diffusion.get_config()
+def _scratch(arg: str | None) -> ml_collections.ConfigDict:
+  config = prior_diffusion.get_config(arg)
   config.data.preprocess.update(clip_image_size=224, context_length=77)
   config.frozen.clip = part.clip()
   config.task.normalize_text_embed = False

@@ -37,8 +37,8 @@ def _smoke() -> ml_collections.ConfigDict:
   return config
 
 
-def _scratch() -> ml_collections.ConfigDict:
-  config = upsampler_256.get_config()
+def _scratch(arg: str | None) -> ml_collections.ConfigDict:
+  config = upsampler_256.get_config(arg)
   config.task.sample_options = dict(sampler="ddpm", num_sample_steps=7)
   config.model.scale_shift_norm = False
   config.model.low_res_resize = "bicubic"

@@ -7,7 +7,8 @@ Quoted are the rows of Table 3 (Ramesh et al. 2022), column "64". Its "Model
 size 3.5B" is a U-Net of 2,238,164,486 parameters, a text encoder of 1.2 billion
 and the tokens' embeddings. Emoji stand in for the data: configs/paper/data.py.
 
-On many devices: `--config.mesh.fsdp=8`. `:smoke` trains two steps.
+On many devices: `--config.mesh.fsdp=16`. `:mxu` has heads of 128, the size of a
+TPU's matrix unit, in place of 64. `:smoke` trains two steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from unclip_jax.utils import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  arg = config_lib.parse_arg(arg, smoke=False)
+  arg = config_lib.parse_arg(arg, smoke=False, mxu=False)
   config = stage.base()
   config.name = "decoder"
   config.data = data.pairs(
@@ -72,6 +73,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     remat="full",
     dtype="bfloat16",
   )
+
+  if arg.mxu:
+    config.model.head_channels = 128
+    config.model.text_encoder.num_heads = 16
 
   config.num_steps = 800_000  # "Iterations" 800K
   config.batch_size = 2048  # "Batch size"
