@@ -11,6 +11,8 @@ import pytest
 
 from launch import aot, hlo
 from launch.topologies import TOPOLOGIES
+from unclip_jax import partitioning
+from unclip_jax.utils import errors
 
 # Long lines are put together where "\\" ends them.
 TEXT = textwrap.dedent(
@@ -160,6 +162,17 @@ def test_topologies(name):
   assert len(devices) == expected[name]
   slices = {getattr(d, "slice_index", 0) for d in devices}
   assert len(slices) == (2 if name.startswith("2x") else 1)
+
+
+@needs_libtpu
+def test_replicas_go_across_slices():
+  devices = TOPOLOGIES["2xv5e-256"].devices()
+  mesh = partitioning.make_mesh(dict(data=-1, fsdp=16), devices)
+  assert dict(mesh.shape) == dict(data=32, fsdp=16, tensor=1)
+  for replica in mesh.devices:
+    assert len({d.slice_index for d in replica.ravel()}) == 1
+  with pytest.raises(errors.UserError, match="not a multiple of the 2 slices"):
+    partitioning.make_mesh(dict(data=1, fsdp=512), devices)
 
 
 def test_mistakes_are_told_in_a_line(tmp_path, run_python):

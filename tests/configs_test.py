@@ -6,9 +6,12 @@ import pathlib
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
-from unclip_jax import trainer
+from configs import common
+from unclip_jax import partitioning, trainer
 from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import trees
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -53,10 +56,27 @@ def test_state_shapes(path, size):
     lambda frozen, batch: run.task.prepare(frozen, [batch]), run.frozen, batch
   )
   state = trainer.state_shapes(run, {**run.frozen, **tables})
+  if "/paper/" in path:
+    check_default_rules(state.params)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert (
     1e5 < count < (1e8 if "/emoji/" in path or "/ablations/" in path else 1e10)
   )
+
+
+def check_default_rules(params):
+  """Nearly all is split over `fsdp`, and most over `tensor` too."""
+  mesh = AbstractMesh((2, 4, 2), partitioning.AXES)
+  shapes = {k: x.shape for k, x in trees.flatten(params).items()}
+  specs = partitioning.param_specs(shapes, common.SHARDING, mesh)
+
+  def share(axis):
+    """Of the parameters, that is split over an axis."""
+    split = [k for k in shapes if axis in jax.tree.leaves(tuple(specs[k]))]
+    sizes = {k: math.prod(shape) for k, shape in shapes.items()}
+    return sum(sizes[k] for k in split) / sum(sizes.values())
+
+  assert share("fsdp") > 0.98 and share("tensor") > 0.6
 
 
 @pytest.mark.parametrize("path", CONFIGS)
