@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
   "data": {"utils"},
   "optim": {"utils"},
   "flops": set(),
+  "timing": {"utils"},
   "partitioning": {"utils"},
   "tensor_files": {"utils"},
   "checkpoints": {"tensor_files", "utils"},
