@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
   "optim": {"utils"},
   "flops": set(),
   "distributed": {"utils"},
+  "timing": {"utils"},
   "partitioning": {"utils"},
   "tensor_files": {"utils"},
   "checkpoints": {"tensor_files", "utils"},

@@ -190,6 +190,8 @@ def test_sigterm_saves_the_step_and_exits_0(tmp_path):
   last = max(row["step"] for row in rows)
   steps = checkpoints.Checkpointer(tmp_path / "checkpoints").steps()
   assert steps[-1] >= last > 0
+  account = json.loads((tmp_path / "timing.json").read_text())
+  assert account["sessions"][-1]["last_step"] == steps[-1]
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from unclip_jax import distributed, trainer
+from unclip_jax import distributed, timing, trainer
 from unclip_jax.utils import programs
 
 CONFIG = programs.config_flag()
@@ -28,6 +28,12 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 STRICT = flags.DEFINE_bool(
   "strict", False, "Stop at a corrupt checkpoint, take no older one."
+)
+PROFILE = flags.DEFINE_string(
+  "profile",
+  None,
+  "START:COUNT: trace COUNT steps to WORKDIR/profile, after the first, which"
+  " is compiled, and START others.",
 )
 
 
@@ -64,6 +70,8 @@ def main() -> None:
     WORKDIR.value,
     allow_config_change=ALLOW_CONFIG_CHANGE.value,
     strict=STRICT.value,
+    profile=PROFILE.value,
+    started=timing.process_started(),
   )
 
 

@@ -17,11 +17,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import resource
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +37,7 @@ from unclip_jax import (
   init_from,
   optim,
   partitioning,
+  timing,
   upstream,
 )
 from unclip_jax.data import pipeline as data_pipeline
@@ -283,6 +282,7 @@ def model_flops(config: ml_collections.ConfigDict) -> int:
   """
   config = config.copy_and_resolve_references().unlock()
   config.mesh = dict(data=1)
+  config.parallel = "jit"
   for field in ("remat", "scan"):
     if field in config.model:
       del config.model[field]
@@ -308,6 +308,8 @@ def train(
   *,
   allow_config_change: bool = False,
   strict: bool = False,
+  profile: str | None = None,
+  started: float | None = None,
 ) -> TrainState:
   """Trains until `config.num_steps`; resumes what the folder holds.
 
@@ -317,10 +319,14 @@ def train(
     workdir: run folder; made if missing, locked while in use.
     allow_config_change: resume although the stored config differs.
     strict: stop at a corrupt checkpoint instead of taking the one before.
+    profile: "START:COUNT" steps to trace; see `timing.Profile`.
+    started: when the process began, by `time.monotonic`; None: now.
 
   Raises:
     UserError: a wrong config, a folder in use, a stored config that differs.
   """
+  timer = timing.Timer(workdir, started=started)
+  trace = timing.Profile(profile, workdir) if profile is not None else None
   with (
     distributed.ends_together(),
     checkpoints.workdir_lock(workdir),
@@ -342,10 +348,14 @@ def train(
       checkpoints.save_assets(workdir, run.data.assets())
       writer.truncate_after(int(state.step))
       frozen = {**run.frozen, **tables}
-      return _loop(run, state, frozen, tables, checkpointer, writer, stop)
+      return _loop(
+        run, state, frozen, tables, checkpointer, writer, stop, timer, trace
+      )
     finally:
-      checkpointer.close()
+      with timer.part("checkpoint"):
+        checkpointer.close()
       writer.close()
+      timer.finish()
 
 
 def _start(
@@ -430,6 +440,8 @@ def _loop(
   checkpointer: checkpoints.Checkpointer,
   writer: metric_writers.MetricWriter,
   stop: _Stop,
+  timer: timing.Timer,
+  trace: timing.Profile | None,
 ) -> TrainState:
   config = run.config
   rng = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -449,7 +461,14 @@ def _loop(
       step, {"state": run.backend.on_mesh(state), "tables": tables}
     )
 
-  timer = _Timer(start)
+  if trace is not None:
+    train_step = trace.wrap(train_step, start, config.num_steps)
+  timer.begin(
+    start,
+    batch_size=config.batch_size,
+    num_devices=run.mesh.size,
+    peak_steps_per_second=_peak_steps_per_second(run),
+  )
   pending: Metrics | None = None
   with (
     progress.Progress(config.name, config.num_steps, start=start) as bar,
@@ -458,24 +477,26 @@ def _loop(
   ):
     stopping = False
     while step < config.num_steps and not stopping:
-      with timer.waiting():
+      with timer.part("data_wait"):
         batch = run.backend.place(next(batches))
-      state, metrics = train_step(state, frozen, batch, rng)
-      step += 1
-      # At most two steps are in flight: wait for the one before this one.
-      if pending is not None:
-        jax.block_until_ready(pending)
-        watchdog.feed()
+      with timer.step():
+        state, metrics = train_step(state, frozen, batch, rng)
+        step += 1
+        # At most two steps are in flight: wait for the one before this one.
+        # The first is waited for itself, as it counts as start-up.
+        jax.block_until_ready(metrics if pending is None else pending)
+      watchdog.feed()
       pending = metrics
       # Asked once: a signal later in this step is for the next one.
       stopping = stop.requested(step)
       last = step == config.num_steps or stopping
 
       if step % config.log_every_steps == 0 or last:
-        values = {f"train/{k}": float(v) for k, v in metrics.items()}
+        with timer.part("step"):
+          values = {f"train/{k}": float(v) for k, v in metrics.items()}
         _check_finite(values, config, step, save)
         values["train/learning_rate"] = float(run.learning_rate(step - 1))
-        values.update(timer.report(step, config.batch_size))
+        values.update(timer.scalars())
         writer.write_scalars(step, values)
         bar.update(step, note=f"loss {values['train/loss']:.4g}")
       else:
@@ -483,19 +504,26 @@ def _loop(
 
       for name, evaluate in evals.items():
         if step % evaluate.every_steps == 0 or step == config.num_steps:
-          with timer.paused(), watchdog.paused():
+          with timer.part("evaluation"), watchdog.paused():
             results = evaluate(run.backend.on_mesh(state), frozen)
             metric_writers.write_results(
               writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
             )
 
       if step % config.checkpoint.every_steps == 0 or last:
-        with timer.paused(), watchdog.paused():
+        with timer.part("checkpoint"), watchdog.paused():
           save(step)
           writer.flush()
+          timer.save()
   if step < config.num_steps:
     logging.info("stopped at step %d; the same command goes on", step)
   return state
+
+
+def _peak_steps_per_second(run: Setup) -> float | None:
+  """Updates that the devices could do at their peak; None: not known."""
+  peak = flops.peak(run.mesh.devices.flat[0])
+  return peak and peak * run.mesh.size / model_flops(run.config)
 
 
 def _check_finite(
@@ -626,43 +654,6 @@ class _Stop:
   def __exit__(self, *error: Any) -> None:
     if self._main:
       signal.signal(signal.SIGTERM, self._before)
-
-
-class _Timer:
-  """Seconds a step, examples a second, and the share spent on waiting."""
-
-  def __init__(self, step: int) -> None:
-    self._step = step
-    self._since = time.monotonic()
-    self._wait = 0.0
-
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts the time inside as waiting for data."""
-    start = time.monotonic()
-    yield
-    self._wait += time.monotonic() - start
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves the time inside out of the step's time."""
-    start = time.monotonic()
-    yield
-    self._since += time.monotonic() - start
-
-  def report(self, step: int, batch_size: int) -> dict[str, float]:
-    """Rates since the last report, and the process's peak memory."""
-    seconds = max(time.monotonic() - self._since, 1e-9)
-    steps = step - self._step
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    values = {
-      "timing/seconds_per_step": seconds / steps,
-      "timing/examples_per_second": steps * batch_size / seconds,
-      "timing/data_wait_share": self._wait / seconds,
-      "timing/peak_memory_gib": peak_kib / 2**20,
-    }
-    self._step, self._since, self._wait = step, time.monotonic(), 0.0
-    return values
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
