@@ -59,7 +59,7 @@ def test_the_less_is_kept_the_more_is_computed_again(variables):
   assert [n - convolutions[0] for n in convolutions] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("policy", ["products", "dots", True])
+@pytest.mark.parametrize("policy", ["products", "dots", True, "offload"])
 def test_gradients_stay(policy, variables):
   expected, gradients = (
     _trace(p, variables).lower().compile()(variables, X)

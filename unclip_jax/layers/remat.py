@@ -41,8 +41,12 @@ POLICIES = {
 
 
 def name(x: jax.Array, kind: str) -> jax.Array:
-  """The array, which policies then know as "attention", "convolution" or
-  "dense"."""
+  """The array, under the name by which policies know it.
+
+  Args:
+    x: what a layer gives.
+    kind: "attention", "convolution" or "dense".
+  """
   return checkpoint_name(x, kind)
 
 
