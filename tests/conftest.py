@@ -25,18 +25,34 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # in a collective hang where the pool is as small as the number of cores.
 os.environ["NPROC"] = "64"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# On CPU the default convolutions of jax 0.10 are slower by up to 77 %.
-_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-if _YNN_FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {_YNN_FLAG}=-individual_convolution"
-  ).strip()
+_XLA_FLAGS = {
+  # On CPU the default convolutions of jax 0.10 are slower by up to 77 %.
+  "--xla_cpu_experimental_ynn_fusion_type": "-individual_convolution",
+  # Most of the suite's time goes into compiling what runs once or twice.
+  "--xla_backend_optimization_level": "0",
+}
+for _flag, _value in _XLA_FLAGS.items():
+  if _flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+      f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}"
+    ).strip()
 
 # Compilation makes the first example of a property slow, whatever the machine.
 hypothesis.settings.register_profile(
   "unclip_jax", deadline=None, derandomize=True, max_examples=30
 )
 hypothesis.settings.load_profile("unclip_jax")
+
+
+# Files of few, long tests: begun last, they would leave a worker without work.
+_LONG = ("multidevice", "distributed", "kill", "configs", "notebooks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The long files first; see PYTEST_ARGS in the Makefile."""
+  items.sort(
+    key=lambda item: item.path.stem not in {f"{x}_test" for x in _LONG}
+  )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ because Adam turns rounding into whole steps.
 """
 
 import json
-import os
 import textwrap
 
 import numpy as np
@@ -121,11 +120,7 @@ def test_eight_devices_equal_one(name, parts, cases, tmp_path, run_python):
   out = tmp_path / "results.npz"
   changes = json.dumps({case: CASES[case] for case in cases})
   args = (name, changes, json.dumps(parts), str(out))
-  # The programs run twice: what takes time is to compile them.
-  flags = f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0"
-  run_python(
-    "-c", PROGRAM, *args, devices=8, timeout=600, env={"XLA_FLAGS": flags}
-  )
+  run_python("-c", PROGRAM, *args, devices=8, timeout=600)
   results = {}
   with np.load(out, allow_pickle=False) as arrays:
     for key in arrays.files:
