@@ -17,6 +17,7 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CONSTANT = re.compile(r" = s32\[\][^ ]* constant\((\d+)\)")
 # A product gathered in windows has loops by this name.
 _KINDS = (
@@ -80,12 +81,16 @@ def read(text: str) -> Program:
   """Reads the text of `compiled.as_text()`."""
   entry, computations = _parse(text)
   collectives = []
+  channels = set()
   cycles = 0
   for name, times, is_fused in _executions(entry, computations):
     for instruction in computations[name]:
       found = _collective(instruction, name, times)
-      if found is not None:
+      channel = _CHANNEL.search(instruction.line)
+      # One that is spread over several fusions stands in each of them.
+      if found is not None and (channel is None or channel[1] not in channels):
         collectives.append(found)
+        channels.add(channel and channel[1])
       match = _CYCLES.search(instruction.line)
       if match and not is_fused and int(match[1]) < _NO_ESTIMATE:
         cycles += int(match[1]) * times

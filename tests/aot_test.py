@@ -36,7 +36,8 @@ TEXT = textwrap.dedent(
   }
 
   %body (state: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
-    %weights = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%shard)
+    %weights = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%shard), channel_id=7
+    %again = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%shard), channel_id=7
     %work = bf16[16,8]{1,0} fusion(%weights), kind=kLoop, calls=%fused, \
       backend_config={"estimated_cycles":"100"}
     ROOT %next = (s32[], bf16[16,8]{1,0}) tuple(%i, %work)
