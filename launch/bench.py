@@ -47,7 +47,9 @@ other's seconds by ours, or by the first line's: above 1, that one is faster.
 Figures of a CPU are noisy, and the load average says how much else ran; the CPU
 seconds of all threads, and the shortest run, say what does not depend on it as
 much. What else runs slows torch more than jax, for its threads spin while they
-wait: take figures on a quiet machine.
+wait: take figures on a quiet machine, or with OMP_WAIT_POLICY=PASSIVE. Matrix
+products are most of every step, and whose are faster depends on the processor:
+ratios of one are not another's.
 
 Results are printed, and kept in OUT/bench.json and OUT/bench.md, where what
 another call measured stays.
@@ -60,6 +62,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import platform
+import re
 import resource
 import statistics
 import sys
@@ -195,7 +199,8 @@ def table(results: Mapping[str, Any]) -> str:
       f"### {case}",
       "",
       f"{result['rounds']} rounds of {result['runs']} runs, "
-      f"{result['threads']} threads, load average {low:.1f} to {high:.1f}; "
+      f"{result['threads']} threads of {result['cpu']}, load average "
+      f"{low:.1f} to {high:.1f}; "
       + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
       "",
       "| | M parameters | examples/s | s/run: median | min | spread | CPU |"
@@ -231,6 +236,16 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       continue
   return found
+
+
+def cpu_name() -> str:
+  """The processor's, as Linux tells it."""
+  try:
+    text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+  except OSError:
+    text = ""
+  found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+  return found[1] if found else platform.machine()
 
 
 def use_threads(count: int | None) -> int:
@@ -269,6 +284,7 @@ def main() -> None:
       "rounds": ROUNDS.value,
       "runs": RUNS.value,
       "threads": threads,
+      "cpu": cpu_name(),
       "load_average": loads,
       "versions": versions(),
       "contenders": summary(times),
