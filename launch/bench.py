@@ -46,10 +46,10 @@ compile, are not counted but shown. Ratios are medians over the rounds of the
 other's seconds by ours, or by the first line's: above 1, that one is faster.
 Figures of a CPU are noisy, and the load average says how much else ran; the CPU
 seconds of all threads, and the shortest run, say what does not depend on it as
-much. What else runs slows torch more than jax, for its threads spin while they
-wait: take figures on a quiet machine, or with OMP_WAIT_POLICY=PASSIVE. Matrix
-products are most of every step, and whose are faster depends on the processor:
-ratios of one are not another's.
+much. torch's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE): where
+they spin, as is the default, any other program makes torch several times
+slower. Matrix products are most of every step, and whose are faster depends on
+the processor: ratios of one are not another's.
 
 Results are printed, and kept in OUT/bench.json and OUT/bench.md, where what
 another call measured stays.
@@ -257,6 +257,9 @@ def use_threads(count: int | None) -> int:
   # XLA takes NPROC for the number of cores where it is set.
   os.environ.pop("NPROC", None)
   os.environ["OMP_NUM_THREADS"] = str(len(cores))
+  # Before torch is loaded. Threads that spin as they wait take the cores from
+  # those that they wait for, wherever another program runs.
+  os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
   return len(cores)
 
 
