@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`
 # (the vendors' data sheets; a TPU v7x chip is two devices).
@@ -43,7 +44,11 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
   Args:
     args: arrays or `ShapeDtypeStruct`s.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  # What nothing reads, no program computes: rules of differentiation trace the
+  # function that they differentiate once more.
+  live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(live)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:
