@@ -46,8 +46,10 @@ compile, are not counted but shown. Ratios are medians over the rounds of the
 other's seconds by ours, or by the first line's: above 1, that one is faster.
 Figures of a CPU are noisy, and the load average says how much else ran; the CPU
 seconds of all threads, and the shortest run, say what does not depend on it as
-much. What else runs slows torch more than jax, for its threads spin while they
-wait: take figures on a quiet machine.
+much. torch's threads sleep while they wait (OMP_WAIT_POLICY=PASSIVE): where
+they spin, as is the default, any other program makes torch several times
+slower. Matrix products are most of every step, and whose are faster depends on
+the processor: ratios of one are not another's.
 
 Results are printed, and kept in OUT/bench.json and OUT/bench.md, where what
 another call measured stays.
@@ -60,6 +62,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import platform
+import re
 import resource
 import statistics
 import sys
@@ -195,7 +199,8 @@ def table(results: Mapping[str, Any]) -> str:
       f"### {case}",
       "",
       f"{result['rounds']} rounds of {result['runs']} runs, "
-      f"{result['threads']} threads, load average {low:.1f} to {high:.1f}; "
+      f"{result['threads']} threads of {result['cpu']}, load average "
+      f"{low:.1f} to {high:.1f}; "
       + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
       "",
       "| | M parameters | examples/s | s/run: median | min | spread | CPU |"
@@ -233,6 +238,16 @@ def versions() -> dict[str, str]:
   return found
 
 
+def cpu_name() -> str:
+  """The processor's, as Linux tells it."""
+  try:
+    text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+  except OSError:
+    text = ""
+  found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+  return found[1] if found else platform.machine()
+
+
 def use_threads(count: int | None) -> int:
   """Keeps the process to some cores, before any thread pool is made."""
   cores = sorted(os.sched_getaffinity(0))
@@ -242,6 +257,9 @@ def use_threads(count: int | None) -> int:
   # XLA takes NPROC for the number of cores where it is set.
   os.environ.pop("NPROC", None)
   os.environ["OMP_NUM_THREADS"] = str(len(cores))
+  # Before torch is loaded. Threads that spin as they wait take the cores from
+  # those that they wait for, wherever another program runs.
+  os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
   return len(cores)
 
 
@@ -269,6 +287,7 @@ def main() -> None:
       "rounds": ROUNDS.value,
       "runs": RUNS.value,
       "threads": threads,
+      "cpu": cpu_name(),
       "load_average": loads,
       "versions": versions(),
       "contenders": summary(times),

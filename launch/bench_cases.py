@@ -441,12 +441,11 @@ def start(options: Options) -> Iterator[dict[str, Contender]]:
 
     def run(cache: pathlib.Path) -> float:
       workdir = folder / f"run_{next(numbers)}"
-      subprocess.run(
+      process = subprocess.run(
         [
           *(sys.executable, "-m", "unclip_jax.train"),
           "--config=configs/emoji/prior.py:smoke",
           f"--workdir={workdir}",
-          "--config.num_steps=1",
         ],
         cwd=root,
         env={
@@ -454,9 +453,11 @@ def start(options: Options) -> Iterator[dict[str, Contender]]:
           "JAX_COMPILATION_CACHE_DIR": str(cache),
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
-        check=True,
         capture_output=True,
+        text=True,
       )
+      if process.returncode:
+        raise RuntimeError(f"the run failed:\n{process.stderr}")
       account = json.loads((workdir / "timing.json").read_text())
       return account["sessions"][0]["seconds"]["startup"]
 

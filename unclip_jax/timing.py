@@ -81,7 +81,11 @@ class Timer:
     self._since = clock() if started is None else started
     self._seconds = dict.fromkeys(PARTS, 0.0)
     self._step_seconds = array.array("d")  # of every step but the first
-    self._begun = False
+    self._first_step: int | None = None
+    # The accounts of the last `scalars` and of the last step's end.
+    self._window: dict[str, float] | None = None
+    self._step_end: dict[str, float] = {}
+    self._window_steps = 0
 
   def begin(
     self,
@@ -104,8 +108,6 @@ class Timer:
     self._examples_per_device = batch_size / num_devices
     self._num_devices = num_devices
     self._peak_steps_per_second = peak_steps_per_second
-    self._begun = True
-    self._had_first = False
 
   @contextlib.contextmanager
   def part(self, name: str) -> Iterator[None]:
@@ -123,21 +125,19 @@ class Timer:
 
     The first is start-up: it is compiled, and must be waited for inside.
     """
-    first = not self._had_first
+    first = self._window is None
     with self.part("startup" if first else "step"):
       yield
     if first:
-      self._had_first = True
       self._part = "other"
-      self._window = self._step_end = dict(self._seconds)
-      self._window_steps = 0
-      return
-    self._step_seconds.append(_busy(self._seconds, self._step_end))
+      self._window = dict(self._seconds)
+    else:
+      self._step_seconds.append(_busy(self._seconds, self._step_end))
+      self._window_steps += 1
     self._step_end = dict(self._seconds)
-    self._window_steps += 1
 
   def scalars(self) -> dict[str, float]:
-    """`timing/...` since the last call, for the log.
+    """`timing/...` since the last call, for the log; after the first step.
 
     Rates leave evaluation, checkpoints and the first step out; there are none
     where no other step was made.
@@ -179,7 +179,7 @@ class Timer:
     session: Session = {
       "first_step": self._first_step,
       "last_step": (
-        self._first_step + self._had_first + len(self._step_seconds)
+        self._first_step + (self._window is not None) + len(self._step_seconds)
       ),
       "wall_seconds": whole,
       "seconds": dict(self._seconds),
@@ -200,7 +200,7 @@ class Timer:
 
   def finish(self) -> None:
     """Writes timing.json and logs a table, if the loop was reached."""
-    if not self._begun or jax.process_index() != 0:
+    if self._first_step is None or jax.process_index() != 0:
       return
     session = self.session()
     sessions = [*self._earlier, session]
