@@ -34,16 +34,13 @@ import concurrent.futures
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import ml_collections
 import rich.box
 import rich.console
@@ -53,9 +50,8 @@ from absl import flags, logging
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch import hlo  # noqa: E402
+from launch import compiling  # noqa: E402
 from launch.topologies import TOPOLOGIES  # noqa: E402
-from unclip_jax import flops, trainer  # noqa: E402
 from unclip_jax.utils import config as config_lib  # noqa: E402
 from unclip_jax.utils import programs  # noqa: E402
 from unclip_jax.utils.errors import UserError  # noqa: E402
@@ -77,14 +73,6 @@ WORKER = flags.DEFINE_string(
   "worker", None, "Compile here, into this file: what the processes are told."
 )
 
-# Products gathered in windows are for layers split over `tensor`; with sharded
-# parameters they become thousands of small permutations, at half the speed.
-_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
-_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
-_GIB = 2**30
-
-Result = dict[str, Any]
-
 
 def main() -> None:
   unknown = [name for name in TOPOLOGY.value if name not in TOPOLOGIES]
@@ -94,7 +82,7 @@ def main() -> None:
     )
   if WORKER.value:
     (name,) = TOPOLOGY.value
-    result = compile_part(CONFIG.value, name, PART.value, MODE.value)
+    result = compiling.compile_part(CONFIG.value, name, PART.value, MODE.value)
     pathlib.Path(WORKER.value).write_text(json.dumps(result, indent=2))
     return
   out = pathlib.Path(OUT.value)
@@ -109,7 +97,7 @@ def main() -> None:
 
 def _run(
   config: ml_collections.ConfigDict, topology: str, out: pathlib.Path
-) -> Result:
+) -> compiling.Result:
   """The stored result, or that of a new process."""
   identity = _identity(config, topology)
   stem = f"{config.name}-{PART.value}-{topology}-{MODE.value}-{identity}"
@@ -150,7 +138,7 @@ def _run(
 
 def _failed(
   config: ml_collections.ConfigDict, topology: str, reason: str
-) -> Result:
+) -> compiling.Result:
   return {"name": config.name, "topology": topology, "failed": reason}
 
 
@@ -163,129 +151,16 @@ def _identity(config: ml_collections.ConfigDict, topology: str) -> str:
     except importlib.metadata.PackageNotFoundError:
       digest.update(name.encode())
   digest.update(repr(TOPOLOGIES[topology]).encode())
-  sources = [*(ROOT / "unclip_jax").rglob("*.py"), ROOT / "launch/aot.py"]
-  for path in sorted([*sources, ROOT / "launch/hlo.py"]):
+  sources = [*(ROOT / "unclip_jax").rglob("*.py")]
+  sources += [ROOT / "launch" / f"{x}.py" for x in ("aot", "compiling", "hlo")]
+  for path in sorted(sources):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:12]
 
 
-def compile_part(
-  config: ml_collections.ConfigDict, topology: str, part: str, mode: str
-) -> Result:
-  """Compiles in this process, which must not have made a CPU array before.
-
-  Args:
-    part: "train" or "sample" (`config.eval_batch_size` examples at once).
-    mode: "fast" or "slow".
-
-  Raises:
-    UserError: a wrong config, or no libtpu.
-  """
-  devices = TOPOLOGIES[topology].devices()
-  run = trainer.setup(config, abstract=True, devices=devices)
-  is_train = part == "train"
-  state, frozen, batch, rng = trainer.step_shapes(run, train=is_train)
-  result: Result = {
-    "name": config.name,
-    "topology": topology,
-    "part": part,
-    "mode": mode,
-    "mesh": dict(run.mesh.shape),
-    "parameters": sum(
-      math.prod(x.shape) for x in jax.tree.leaves(state.params)
-    ),
-  }
-  if is_train:
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    function = run.backend.compile(run.train_step(), shardings)
-    args = (state, frozen, batch, rng)
-    total = trainer.model_flops(config)
-    rows = config.batch_size // config.num_microbatches
-    result |= {
-      "batch_size": config.batch_size,
-      "num_microbatches": config.num_microbatches,
-    }
-  else:
-    predict = run.task.predict_fns()["sample"]
-    function = trainer.compile_predict(run, predict)
-    rows = config.eval_batch_size
-    args = ({"params": state.params, **state.model_state}, frozen, batch, rng)
-    total = flops.count(predict, *args)
-    result["batch_size"] = rows
-  result["tflop_per_device"] = total / len(devices) / 1e12
-  lowered = function.lower(*args)
-  options = {**_OPTIONS, **(_LEAST_EFFORT if mode == "fast" else {})}
-  start = time.monotonic()
-  try:
-    compiled = lowered.compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    return {**result, "fits": False, "reason": str(e).splitlines()[0]}
-  result["compile_seconds"] = time.monotonic() - start
-  memory = compiled.memory_analysis()
-  program = hlo.read(compiled.as_text())
-  params = {tuple(x.shape) for x in jax.tree.leaves((state.params, frozen))}
-  gathered = [s for s in program.gathers_of(rows) if s not in params]
-  result |= {
-    "fits": True,
-    "argument_bytes": memory.argument_size_in_bytes,
-    "temp_bytes": memory.temp_size_in_bytes,
-    "alias_bytes": memory.alias_size_in_bytes,
-    "peak_bytes": memory.peak_memory_in_bytes,
-    "collective_bytes": program.bytes_by_kind(),
-    "rows_gathered": sorted(set(gathered)),
-    "largest_collectives": [c._asdict() for c in program.largest(20)],
-  }
-  if mode == "slow":
-    seconds = program.cycles / TOPOLOGIES[topology].clock
-    peak = flops.peak(devices[0])
-    result |= {
-      "estimated_seconds": seconds,
-      "estimated_utilization": total / len(devices) / seconds / peak,
-    }
-  return result
-
-
-def cells(result: Mapping[str, Any]) -> dict[str, str]:
-  """One row of the table."""
-  row = {"name": result["name"], "topology": result["topology"]}
-  if "failed" in result:
-    return row | {"fits": f"not compiled: {result['failed']}"}
-  row["mesh"] = " x ".join(
-    f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1
-  )
-  row["batch"] = str(result["batch_size"])
-  if result.get("num_microbatches", 1) > 1:
-    row["batch"] += f" / {result['num_microbatches']}"
-  row["TFLOP"] = f"{result['tflop_per_device']:.1f}"
-  if not result["fits"]:
-    return row | {"fits": f"no: {result['reason']}"}
-  row["fits"] = "yes"
-  for name in ("argument", "temp", "peak"):
-    label = {"argument": "arguments", "temp": "temporaries"}.get(name, name)
-    row[label] = f"{result[f'{name}_bytes'] / _GIB:.2f}"
-  sizes = dict(result["collective_bytes"])
-  for label, kind in (
-    ("gather", "all-gather"),
-    ("reduce", "all-reduce"),
-    ("scatter", "reduce-scatter"),
-  ):
-    row[label] = f"{sizes.pop(kind, 0) / _GIB:.2f}"
-  row["other"] = f"{sum(sizes.values()) / _GIB:.2f}"
-  row["rows gathered"] = str(len(result["rows_gathered"]))
-  if "estimated_seconds" in result:
-    row["estimate"] = (
-      f"{result['estimated_seconds']:.3g} s, "
-      f"{result['estimated_utilization']:.0%}"
-    )
-  row["compiled in"] = f"{result['compile_seconds']:.0f} s"
-  return row
-
-
-def show(results: Sequence[Result], out: pathlib.Path) -> None:
+def show(results: Sequence[compiling.Result], out: pathlib.Path) -> None:
   """Prints the table; writes it to `aot.md`, and all results to `aot.json`."""
-  rows = [cells(result) for result in results]
+  rows = [compiling.cells(result) for result in results]
   titles = list(dict.fromkeys(title for row in rows for title in row))
   titles.sort(key=lambda title: title == "fits")  # its words may be long
   shown = rich.table.Table(*titles, box=rich.box.SIMPLE)

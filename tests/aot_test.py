@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from launch import aot, hlo
+from launch import compiling, hlo
 from launch.topologies import TOPOLOGIES
 from unclip_jax import partitioning
 from unclip_jax.utils import errors
@@ -104,7 +104,7 @@ def test_a_real_program():
 
 def test_rows_of_the_table():
   result = dict(name="clip", topology="v5e-256", failed="stopped after 9 s")
-  assert aot.cells(result)["fits"] == "not compiled: stopped after 9 s"
+  assert compiling.cells(result)["fits"] == "not compiled: stopped after 9 s"
   result = dict(
     name="clip",
     topology="v5e-256",
@@ -115,7 +115,7 @@ def test_rows_of_the_table():
     fits=False,
     reason="too large",
   )
-  row = aot.cells(result)
+  row = compiling.cells(result)
   assert row["mesh"] == "data 16 x fsdp 16"
   assert row["batch"] == "64 / 2" and row["fits"] == "no: too large"
 
