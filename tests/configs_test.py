@@ -1,4 +1,4 @@
-"""Every config builds, fits its network, and its `:smoke` really trains."""
+"""Every config builds and fits; its `:smoke` trains, that of ablations traces."""
 
 import json
 import math
@@ -79,7 +79,24 @@ def check_default_rules(params):
   assert share("fsdp") > 0.98 and share("tensor") > 0.6
 
 
-@pytest.mark.parametrize("path", CONFIGS)
+ABLATIONS = [path for path in CONFIGS if "/ablations/" in path]
+
+
+@pytest.mark.parametrize("path", ABLATIONS)
+def test_an_ablation_can_be_trained(path):
+  """Traced and not compiled, which takes ten times as long: its base is run."""
+  config = config_lib.load(str(ROOT / path) + ":smoke")
+  run = trainer.setup(config, abstract=True)
+  assert set(trainer.build_evals(run)) == set(config.evals)
+  shapes = trainer.step_shapes(run)
+  state, metrics = jax.eval_shape(run.train_step(), *shapes)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), shapes[0]
+  )
+  assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("path", sorted({*CONFIGS} - {*ABLATIONS}))
 def test_smoke_trains_evaluates_and_saves(path, tmp_path):
   config = config_lib.load(str(ROOT / path) + ":smoke")
   if "/emoji/" not in path:

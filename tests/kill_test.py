@@ -1,6 +1,6 @@
 """kill -9 at random moments: the run that goes on ends with the same bits.
 
-UNCLIP_KILLS sets how often the run is killed (default 3, to be quick).
+UNCLIP_KILLS sets how often the run is killed (default 2, to be quick).
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 
 from unclip_jax import checkpoints
 
-KILLS = int(os.environ.get("UNCLIP_KILLS", "3"))
+KILLS = int(os.environ.get("UNCLIP_KILLS", "2"))
 
 
 def _command(workdir):
