@@ -1,4 +1,4 @@
-"""Every config builds and fits; its `:smoke` trains, that of ablations traces."""
+"""Every config builds and fits; its `:smoke` trains (an ablation is traced)."""
 
 import json
 import math
