@@ -12,6 +12,7 @@ import pytest
 from launch import compiling, hlo
 from launch.topologies import TOPOLOGIES
 from unclip_jax import partitioning
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
 # Long lines are put together where "\\" ends them.
@@ -163,6 +164,17 @@ def test_topologies(name):
   assert len(devices) == expected[name]
   slices = {getattr(d, "slice_index", 0) for d in devices}
   assert len(slices) == (2 if name.startswith("2x") else 1)
+
+
+@needs_libtpu
+def test_what_draws_is_compiled_too():
+  config = config_lib.load("configs/emoji/prior.py:smoke")
+  result = compiling.compile_part(config, "v5e-8", "sample", "fast")
+  assert result["fits"] and result["batch_size"] == config.eval_batch_size
+  assert result["temp_bytes"] > 0 and result["tflop_per_device"] > 0
+  config = config_lib.load("configs/emoji/clip.py:smoke")
+  with pytest.raises(errors.UserError, match="'clip' draws nothing"):
+    compiling.compile_part(config, "v5e-8", "sample", "fast")
 
 
 @needs_libtpu
