@@ -49,7 +49,12 @@ _LONG = ("multidevice", "distributed", "kill", "configs", "notebooks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """The long files first; see PYTEST_ARGS in the Makefile."""
+  """The long files first (see PYTEST_ARGS in the Makefile), few slow tests."""
+  if not os.environ.get("UNCLIP_SLOW"):
+    skip = pytest.mark.skip(reason="larger cases: set UNCLIP_SLOW=1")
+    for item in items:
+      if item.get_closest_marker("slow"):
+        item.add_marker(skip)
   items.sort(
     key=lambda item: item.path.stem not in {f"{x}_test" for x in _LONG}
   )

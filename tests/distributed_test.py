@@ -91,7 +91,7 @@ def last_leaves(workdir):
   # A fresh CLIP's embeddings differ by rounding, which a fitted space enlarges.
   [
     ("prior", [*MESH, "--config.task.embedding_space=raw"]),
-    ("clip", ["--config.parallel=pmap"]),
+    pytest.param("clip", ["--config.parallel=pmap"], marks=pytest.mark.slow),
   ],
   ids=["jit", "pmap"],
 )

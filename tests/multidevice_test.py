@@ -6,7 +6,6 @@ because Adam turns rounding into whole steps.
 """
 
 import json
-import os
 import textwrap
 
 import numpy as np
@@ -94,9 +93,9 @@ CASES = {
 }
 
 
-# U-Nets take long to compile; UNCLIP_ALL_MESHES=1 tries them on all meshes.
+# U-Nets take long to compile.
 FEW = ("one", "hybrid", "tensor", "pmap")
-UNET_CASES = tuple(CASES) if os.environ.get("UNCLIP_ALL_MESHES") else FEW
+SLOW = pytest.mark.slow
 CACHED = dict(batch_size=16, num_microbatches=2)
 # Attention, and half of the program to compile.
 ONE_LEVEL = dict(model=dict(channel_mult=[1], attention_resolutions=[16]))
@@ -112,12 +111,15 @@ SAM = dict(batch_size=32, optim=dict(sam_rho=0.1, sam_replica_batch=2))
     ("clip", SAM, ("one", "hybrid", "pmap")),
     ("prior", {}, tuple(CASES)),
     ("prior_ar", {}, ("one", "tensor")),
-    ("decoder", ONE_LEVEL, UNET_CASES),
-    ("upsampler", {}, UNET_CASES),
+    ("decoder", ONE_LEVEL, FEW),
+    ("upsampler", {}, FEW),
+    pytest.param("decoder", {}, tuple(CASES), marks=SLOW),
+    pytest.param("upsampler", {}, tuple(CASES), marks=SLOW),
   ],
   ids=[
     *("clip", "clip-cached", "clip-sam"),
     *("prior", "prior_ar", "decoder", "upsampler"),
+    *("decoder-all", "upsampler-all"),
   ],
 )
 def test_eight_devices_equal_one(name, parts, cases, tmp_path, run_python):

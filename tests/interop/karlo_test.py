@@ -82,7 +82,8 @@ def test_prior(num_heads, num_layers, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "channels, num_layers, head_channels", [(32, 1, 8), (64, 3, 64)]
+  "channels, num_layers, head_channels",
+  [(32, 1, 8), pytest.param(64, 3, 64, marks=pytest.mark.slow)],
 )
 def test_text_proj_and_decoder(channels, num_layers, head_channels, tmp_path):
   proj = torch_karlo.text_proj(channels)
