@@ -47,15 +47,16 @@ import rich.console
 import rich.table
 from absl import flags, logging
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from launch import compiling  # noqa: E402
-from launch.topologies import TOPOLOGIES  # noqa: E402
-from unclip_jax.utils import config as config_lib  # noqa: E402
-from unclip_jax.utils import programs  # noqa: E402
-from unclip_jax.utils.errors import UserError  # noqa: E402
+from launch import compiling
+from launch.topologies import TOPOLOGIES
+from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import programs
+from unclip_jax.utils.errors import UserError
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = programs.config_flag()
 TOPOLOGY = flags.DEFINE_multi_string(
   "topology", ["v5e-256"], "A slice, such as v5e-256; may be repeated."

@@ -119,9 +119,12 @@ def cells(result: Mapping[str, Any]) -> dict[str, str]:
   if not result["fits"]:
     return row | {"fits": f"no: {result['reason']}"}
   row["fits"] = "yes"
-  for name in ("argument", "temp", "peak"):
-    label = {"argument": "arguments", "temp": "temporaries"}.get(name, name)
-    row[label] = f"{result[f'{name}_bytes'] / _GIB:.2f}"
+  for label, name in (
+    ("arguments", "argument_bytes"),
+    ("temporaries", "temp_bytes"),
+    ("peak", "peak_bytes"),
+  ):
+    row[label] = f"{result[name] / _GIB:.2f}"
   sizes = dict(result["collective_bytes"])
   for label, kind in (
     ("gather", "all-gather"),

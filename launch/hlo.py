@@ -19,7 +19,6 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CONSTANT = re.compile(r" = s32\[\][^ ]* constant\((\d+)\)")
-# A product gathered in windows has loops by this name.
 _KINDS = (
   *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
   "collective-permute",

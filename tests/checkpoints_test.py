@@ -222,7 +222,7 @@ class TestSaveAndRestore:
       raise OSError("No space left on device")
 
     save_steps(directory, 1)
-    monkeypatch.setattr(checkpoints, "_write_atomically", full)
+    monkeypatch.setattr(checkpoints.files, "write_atomically", full)
     checkpointer = checkpoints.Checkpointer(directory)
     checkpointer.save(2, make_tree(2))
     with pytest.raises(UserError, match=r"step 2 .* No space left"):
@@ -429,7 +429,7 @@ checkpointer.wait()
 if where == "hash":
   checkpoints._hash_files = kill
 if where == "manifest":
-  checkpoints._write_atomically = kill
+  checkpoints.files.write_atomically = kill
 if where == "delete":
   checkpoints.shutil.rmtree = kill
 checkpointer.save(2, {"w": jnp.ones(2**18)})

@@ -46,7 +46,7 @@ from orbax.checkpoint import v1 as ocp
 
 from unclip_jax import tensor_files
 from unclip_jax.utils import config as config_lib
-from unclip_jax.utils import trees
+from unclip_jax.utils import files, trees
 from unclip_jax.utils.errors import UserError
 
 PyTree = Any
@@ -221,15 +221,6 @@ def _damaged_files(
   return problems
 
 
-def _write_atomically(path: pathlib.Path, data: str) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w", encoding="utf-8") as f:
-    f.write(data)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
-
-
 # --- Training steps -----------------------------------------------------------
 
 
@@ -324,7 +315,7 @@ class Checkpointer:
         if jax.process_index() == 0:
           leaves = {n: [*shapes[n], checksums[n]] for n in shapes}
           body = {"step": step, "files": _hash_files(folder), "leaves": leaves}
-          _write_atomically(folder / _MANIFEST, _seal(body))
+          files.write_atomically(folder / _MANIFEST, _seal(body))
           self._delete_old()
       except BaseException as e:
         self._failure = (step, e)
@@ -692,7 +683,7 @@ def save_config(workdir: PathLike, config: ml_collections.ConfigDict) -> None:
     return
   path = pathlib.Path(workdir) / _CONFIG
   path.parent.mkdir(parents=True, exist_ok=True)
-  _write_atomically(path, config_lib.to_json(config))
+  files.write_atomically(path, config_lib.to_json(config))
 
 
 def save_assets(workdir: PathLike, assets: Mapping[str, PathLike]) -> None:

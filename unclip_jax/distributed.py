@@ -79,11 +79,6 @@ def initialize(
   )
 
 
-def is_main() -> bool:
-  """Whether this process writes pictures, metrics and messages."""
-  return jax.process_index() == 0
-
-
 def stop_requested(step: int) -> bool:
   """Whether some process got SIGTERM; all hear of it at the same step.
 

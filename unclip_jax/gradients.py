@@ -376,15 +376,7 @@ def _stacked(
     return jax.lax.map(functools.partial(f, params, fixed), parts)
 
   if mesh is not None:
-    own = _off_the_mesh(own)
-    rows = P(partitioning.BATCH_AXES)
-    own = jax.shard_map(
-      own,
-      mesh=mesh,
-      in_specs=(P(), P(), rows),
-      out_specs=rows,
-      check_vma=False,
-    )
+    own = _by_devices(own, mesh, P(partitioning.BATCH_AXES))
   return own(params, fixed, parts)
 
 
@@ -409,24 +401,29 @@ def _summed(
     return sums if mesh is None else jax.lax.psum(sums, partitioning.BATCH_AXES)
 
   if mesh is not None:
-    own = jax.shard_map(
-      _off_the_mesh(own),
-      mesh=mesh,
-      in_specs=(P(), P(), P(partitioning.BATCH_AXES)),
-      out_specs=P(),
-      check_vma=False,
-    )
+    own = _by_devices(own, mesh, P())
   return own(params, fixed, parts)
 
 
-def _off_the_mesh(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """Inside `jax.shard_map` a device has its own arrays, which lie nowhere."""
+def _by_devices(
+  own: Callable[[PyTree, PyTree, PyTree], PyTree], mesh: Mesh, out_specs: P
+) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
+  """own(params, fixed, parts) by each device, of the parts that it has.
+
+  The arrays of a device lie nowhere on the mesh.
+  """
 
   def traced(*args: PyTree) -> PyTree:
     with axes.use(None, {}):
-      return f(*args)
+      return own(*args)
 
-  return traced
+  return jax.shard_map(
+    traced,
+    mesh=mesh,
+    in_specs=(P(), P(), P(partitioning.BATCH_AXES)),
+    out_specs=out_specs,
+    check_vma=False,
+  )
 
 
 def _split(tree: PyTree, n: int) -> PyTree:

@@ -41,7 +41,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unclip_jax.utils import errors, trees
+from unclip_jax.utils import axes, errors, trees
 
 PyTree = Any
 Rules = Sequence[tuple[str, Any]]
@@ -124,32 +124,19 @@ def _spec(tactic: Any, shape: Sequence[int], mesh: Mesh) -> P:
   """The PartitionSpec of one parameter under one tactic."""
   if tactic == "replicate":
     return P()
-  if isinstance(tactic, str):
-    axes = tuple(tactic.split("+"))
-    fits = [i for i, dim in enumerate(shape) if _divides(axes, dim, mesh)]
-    if not fits:
-      return P()
-    largest = max(fits, key=lambda i: shape[i])
-    axis = axes[0] if len(axes) == 1 else axes
-    return P(*(axis if i == largest else None for i in range(len(shape))))
-  return P(
-    *(
-      axes
-      if axes is not None and _divides(_as_tuple(axes), dim, mesh)
-      else None
-      for axes, dim in zip(tactic, shape)
+  if not isinstance(tactic, str):
+    return P(
+      *(
+        axes.fitting(names or (), dim, mesh)
+        for names, dim in zip(tactic, shape)
+      )
     )
-  )
-
-
-def _as_tuple(axes: str | Sequence[str]) -> tuple[str, ...]:
-  return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _divides(axes: Sequence[str], dim: int, mesh: Mesh) -> bool:
-  """Whether a dimension falls into more than one, equal parts."""
-  size = math.prod(mesh.shape[axis] for axis in axes)
-  return size > 1 and dim % size == 0
+  names = tactic.split("+")
+  fits = [i for i, dim in enumerate(shape) if axes.fitting(names, dim, mesh)]
+  if not fits:
+    return P()
+  largest = max(fits, key=lambda i: shape[i])
+  return P(*(tuple(names) if i == largest else () for i in range(len(shape))))
 
 
 def _check_rules(rules: Rules, field: str) -> None:
@@ -158,9 +145,13 @@ def _check_rules(rules: Rules, field: str) -> None:
     if len(rule) != 2 or not isinstance(rule[0], str):
       raise errors.UserError(f"{field}: {rule} is not a pair (regex, tactic)")
     pattern, tactic = rule
-    names = tactic.split("+") if isinstance(tactic, str) else tactic
-    flat = [n for name in names if name for n in _as_tuple(name)]
-    if tactic != "replicate" and not set(flat) <= set(AXES):
+    parts = tactic.split("+") if isinstance(tactic, str) else tactic
+    names = {
+      name
+      for part in parts
+      for name in ((part,) if isinstance(part, str) else part or ())
+    }
+    if tactic != "replicate" and not names <= {*AXES}:
       raise errors.UserError(
         f"{field}: the tactic {tactic!r} of {pattern!r} is neither 'replicate' "
         f"nor made of the mesh axes {', '.join(AXES)}"
@@ -249,15 +240,6 @@ def as_shapes(tree: PyTree, shardings: PyTree) -> PyTree:
   )
 
 
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
-  """This process's rows of a batch -> arrays over the whole mesh."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows)
-    for name, rows in batch.items()
-  }
-
-
 def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> PyTree:
   """A whole batch that every process has -> arrays over the whole mesh."""
   sharding = batch_sharding(mesh)
@@ -315,7 +297,11 @@ class Jit:
 
   def place(self, batch: Mapping[str, np.ndarray]) -> PyTree:
     """This process's rows of a batch, as the step takes them."""
-    return to_global(batch, self.mesh)
+    sharding = batch_sharding(self.mesh)
+    return {
+      name: jax.make_array_from_process_local_data(sharding, rows)
+      for name, rows in batch.items()
+    }
 
   def on_mesh(self, state: PyTree) -> PyTree:
     """What a step returned, as arrays over the whole mesh."""

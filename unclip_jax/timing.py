@@ -38,7 +38,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from unclip_jax.utils import errors
+from unclip_jax.utils import errors, files
 
 PathLike = str | os.PathLike[str]
 Session = dict[str, Any]
@@ -246,9 +246,7 @@ def _read(path: pathlib.Path) -> list[Session]:
 
 def _write(path: pathlib.Path, sessions: Sequence[Session]) -> None:
   report = {"goodput": goodput(sessions), "sessions": list(sessions)}
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  files.write_atomically(path, json.dumps(report, indent=2) + "\n")
 
 
 def _table(session: Session, goodput: float) -> Iterator[str]:

@@ -35,8 +35,6 @@ PROFILE = flags.DEFINE_string(
   "START:COUNT: trace COUNT steps to WORKDIR/profile, after the first, which"
   " is compiled, and START others.",
 )
-
-
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of many processes: the cluster tells which."
 )
@@ -53,6 +51,7 @@ PEER_TIMEOUT = flags.DEFINE_integer(
 
 
 def main() -> None:
+  programs.check_folder("workdir", WORKDIR.value)
   given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   if DISTRIBUTED.value or any(x is not None for x in given):
     distributed.initialize(
@@ -61,7 +60,6 @@ def main() -> None:
       process_id=PROCESS_ID.value,
       peer_timeout=PEER_TIMEOUT.value,
     )
-  programs.check_folder("workdir", WORKDIR.value)
   if DRY_RUN.value:
     print(trainer.describe(CONFIG.value))
     return

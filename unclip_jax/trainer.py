@@ -414,7 +414,7 @@ def _tables(
 
 def _write_overview(overview: str, workdir: str) -> None:
   """The whole table to WORKDIR/parameters.txt, its last lines to the log."""
-  if distributed.is_main():
+  if jax.process_index() == 0:
     path = os.path.join(workdir, "parameters.txt")
     with open(path, "w", encoding="utf-8") as f:
       f.write(overview + "\n")

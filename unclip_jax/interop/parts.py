@@ -8,7 +8,6 @@ evaluators in it.
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import ml_collections
 
 from unclip_jax import checkpoints
 from unclip_jax.tensor_files import LazyArray
+from unclip_jax.utils import files
 
 
 class Part(NamedTuple):
@@ -72,9 +72,7 @@ def write(folder: str, part: Part) -> str:
   path = pathlib.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
   for name, content in part.assets.items():
-    temporary = path / f".{name}.tmp"
-    temporary.write_bytes(content)
-    os.replace(temporary, path / name)
+    files.write_atomically(path / name, content)
   fingerprint = checkpoints.save_arrays(path, part.arrays)
   # Last: a folder without it is no part.
   checkpoints.save_config(path, part.config)

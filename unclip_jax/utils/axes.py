@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,6 +23,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
+
+
+def fitting(
+  names: str | Sequence[str], size: int, mesh: Mesh
+) -> tuple[str, ...]:
+  """These mesh axes; none where they do not split a dimension evenly."""
+  names = (names,) if isinstance(names, str) else tuple(names)
+  count = math.prod(mesh.shape[axis] for axis in names)
+  return () if count == 1 or size % count else names
 
 
 class AxisRules(NamedTuple):
@@ -33,10 +42,7 @@ class AxisRules(NamedTuple):
 
   def mesh_axes(self, name: str | None, size: int) -> tuple[str, ...]:
     """Those of a logical axis; none where they do not divide its size."""
-    names = (name and self.rules.get(name)) or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
-    count = math.prod(self.mesh.shape[axis] for axis in names)
-    return () if count == 1 or size % count else names
+    return fitting((name and self.rules.get(name)) or (), size, self.mesh)
 
 
 _current: contextvars.ContextVar[AxisRules | None] = contextvars.ContextVar(

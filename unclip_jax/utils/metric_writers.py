@@ -30,6 +30,7 @@ import PIL.Image
 from absl import logging
 
 from unclip_jax.utils import config as config_lib
+from unclip_jax.utils import files
 
 if TYPE_CHECKING:
   import tensorboardX
@@ -180,9 +181,7 @@ class JsonLinesWriter(MetricWriter):
           kept.append(line)
       except (ValueError, KeyError, TypeError):
         continue  # torn or foreign
-    temporary = self._path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, self._path)
+    files.write_atomically(self._path, b"".join(kept))
 
   def close(self) -> None:
     if self._file is not None:
