@@ -69,14 +69,14 @@ CHANGES = {
   "one missing": (
     Scene(PAIR.objects[:1], "white"),
     {
-      "count": 0, "object": 0.5, "colour": 0.5, "shape": 0.5, "size": 0.5,
+      "number": 0, "object": 0.5, "colour": 0.5, "shape": 0.5, "size": 0.5,
       "relation": 0, "scene": 0,
     },
   ),
   "one too many": (
     Scene((*PAIR.objects, one("green", "star", "large", y=0.75)), "white"),
     {
-      "count": 0, "object": 2 / 3, "colour": 2 / 3, "shape": 2 / 3,
+      "number": 0, "object": 2 / 3, "colour": 2 / 3, "shape": 2 / 3,
       "size": 2 / 3, "scene": 0,
     },
   ),
@@ -149,13 +149,13 @@ def test_soft_and_noisy_pictures_are_read_mostly_right():
   noisy = [picture(s) + rng.normal(0, 0.2, (64, 64, 3)) for s in made]
   for images in (soft, noisy):
     scores = scene_lib.score(np.stack(images), made)
-    assert scores["object"].mean() > 0.95 and scores["count"].mean() > 0.95
+    assert scores["object"].mean() > 0.95 and scores["number"].mean() > 0.95
 
 
 def test_objects_that_touch_are_told_apart_by_their_colours():
   touching = changed(PAIR, x=(0.4, 0.63), y=(0.5, 0.5))
   scores = scene_lib.compare(scene_lib.read(picture(touching)), touching)
-  assert scores["object"] == 1.0 and scores["count"] == 1.0
+  assert scores["object"] == 1.0 and scores["number"] == 1.0
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.3, math.nan])
