@@ -8,19 +8,21 @@ together, since what is in a drawn picture can be read (metrics/scene.py).
   objects     20 % of the scenes have one, 50 % two, 30 % three. In 10 % of
               those with several all are alike ("two small red circles"), else
               any two differ in shape or colour. They never touch: MARGIN lies
-              between them and to the edge. Where there is a ring, a small
-              object lies in its middle in half of the scenes.
+              between them and to the edge. In about half of the scenes with a
+              ring and more it is large, and a small object lies in its middle.
   captions    the canonical one tells kinds, sizes and neighbours' relations;
               the others leave out sizes, turn relations round, list, count,
               or tell the background. All are true.
 
-  train, validation   the same combinations
+  train, validation   the same combinations, by default in 100,000 and 2,000
+                      scenes; the others have 2,000 each
   unseen_pairs        every scene has an object whose shape and colour never
                       meet elsewhere: 8 of the 64 kinds, each shape and each
                       colour once
   unseen_bindings     every scene has two objects that are only found the other
                       way round elsewhere: of 384 of the 1,540 pairs of kinds,
-                      one always lies left of or above the other
+                      one always lies left of or above the other. Two or three
+                      objects (70 and 30 %), none inside of another
 """
 
 from __future__ import annotations
