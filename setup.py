@@ -36,6 +36,8 @@ INSTALL_REQUIRES = [
   "resvg-py>=0.5",
   "rich>=13",
   "safetensors>=0.6",
+  # jax stands on it too.
+  "scipy>=1.15",
   "sentencepiece>=0.2",
   "tensorboardX>=2.6",
   "tensorflow-datasets>=4.9.10",
@@ -64,7 +66,6 @@ EXTRAS_REQUIRE = {
     "pytest>=9",
     "pytest-xdist",
     "ruff",
-    "scipy",
   ],
 }
 

@@ -21,26 +21,27 @@ CONFIGS = sorted(
 )
 
 
+SMALL = ("emoji", "shapes")  # folders whose configs have a `:quick`
 # These train a given model on; without one there are `:smoke` and `:scratch`.
 TRAINING_ON = [x for x in CONFIGS if "/karlo/" in x or x == "configs/lora.py"]
 
 
 def test_the_configs_are_found():
   folders = {pathlib.Path(path).parent.name for path in CONFIGS}
-  assert {"ablations", "emoji", "paper"} <= folders
+  assert {"ablations", "emoji", "paper", "shapes"} <= folders
   assert len(TRAINING_ON) == 4
 
 
 def upstream(path, name, size):
   """The config of an upstream model that a config at `path` fits on."""
-  config = config_lib.load(str(ROOT / f"configs/emoji/{name}.py") + size)
-  return config
+  folder = "shapes" if "/shapes/" in path else "emoji"
+  return config_lib.load(str(ROOT / f"configs/{folder}/{name}.py") + size)
 
 
 @pytest.mark.parametrize(
   "path, size",
   [(path, "") for path in CONFIGS if path not in TRAINING_ON]
-  + [(path, ":quick") for path in CONFIGS if "/emoji/" in path]
+  + [(path, ":quick") for path in CONFIGS if path.split("/")[1] in SMALL]
   + [(path, ":scratch") for path in CONFIGS if "/karlo/" in path],
 )
 def test_state_shapes(path, size):
@@ -60,7 +61,7 @@ def test_state_shapes(path, size):
     check_default_rules(state.params)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert (
-    1e5 < count < (1e8 if "/emoji/" in path or "/ablations/" in path else 1e10)
+    1e5 < count < (1e8 if path.split("/")[1] in (*SMALL, "ablations") else 1e10)
   )
 
 

@@ -16,10 +16,12 @@ from unclip_jax.evaluators import (
   prior_report,
   retrieval,
   sample_grid,
+  scenes,
   zero_shot,
 )
 from unclip_jax.metrics import pictures
 from unclip_jax.utils import errors
+from unclip_jax.utils import scenes as scenes_lib
 
 N = 10
 GROUPS = ["animal"] * 5 + ["food"] * 3 + ["flag"] + ["animal"]
@@ -79,7 +81,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_every_evaluator_is_a_frozen_dataclass():
   names = (
     "mean retrieval zero_shot sample_grid prior_report nearest_match"
-    " low_res_psnr"
+    " low_res_psnr scenes"
   )
   for name in names.split():
     module = importlib.import_module(f"unclip_jax.evaluators.{name}")
@@ -329,3 +331,65 @@ def test_low_res_psnr_of_known_errors():
     values["psnr_bilinear"], expected.mean(), rtol=1e-5
   )
   assert values["count"] == N
+
+
+# ---- scenes
+
+
+def a_scene(colours, shapes) -> scenes_lib.Scene:
+  """Two objects, the first left of the second."""
+  objects = tuple(
+    scenes_lib.Object(shape, colour, "medium", x, 0.5, 0.14)
+    for colour, shape, x in zip(colours, shapes, (0.25, 0.75))
+  )
+  relation = scenes_lib.Relation(0, "left of", 1)
+  return scenes_lib.Scene(objects, "white", (relation,))
+
+
+def test_scenes_of_known_mistakes():
+  wanted = [a_scene(("red", "blue"), ("circle", "square"))] * N
+  swapped = a_scene(("blue", "red"), ("circle", "square"))
+  drawn = [*wanted[:6], *[swapped] * 4]
+  images = np.stack([scenes_lib.render(s, 32) for s in drawn]) / 127.5 - 1
+  data = Data(image=images)
+  evaluator = scenes.Evaluator(num_grid=2)
+  values = dict(
+    evaluator.run(data.predict, data.batches(4), lambda i: {"scene": wanted[i]})
+  )
+  assert values["binding"] == values["scene"] == values["relation"] == 0.6
+  assert values["colour"] == values["shape"] == values["number"] == 1.0
+  assert values["count"] == N
+  # All scenes are the same, so that another's is as good.
+  assert values["chance_object"] == values["object"] == 0.6
+  grid = values["grid"]
+  assert grid.shape == (32 + 4, 2 * (3 * 32 + 2) + 2, 3)
+  # Wanted, drawn, read.
+  for left in (2, 34, 66):
+    np.testing.assert_allclose(
+      grid[2:34, left : left + 32], images[0], atol=0.2
+    )
+
+
+def test_scenes_have_a_chance_level_and_leave_out_what_is_not_asked():
+  shapes = ("circle", "square")
+  wanted = [a_scene(("red", "blue"), shapes), a_scene(("pink", "cyan"), shapes)]
+  one = scenes_lib.Scene(wanted[0].objects[:1], "white")
+  for scene, expected in ((wanted, 0.0), ([one, one], 1.0)):
+    images = np.stack([scenes_lib.render(s, 32) for s in scene]) / 127.5 - 1
+    values = dict(
+      scenes.Evaluator().run(
+        lambda batch, images=images: {"image": images},
+        [{"index": np.arange(2)}],
+        lambda i, scene=scene: {"scene": scene[i]},
+      )
+    )
+    assert values["object"] == 1.0 and values["chance_object"] == expected
+    assert ("binding" in values) == ("relation" in values) == (scene is wanted)
+
+
+def test_scenes_says_what_is_missing():
+  data = Data(image=random(N, 32, 32, 3))
+  with pytest.raises(errors.UserError, match="knows its scenes"):
+    run(scenes.Evaluator(), data)
+  with pytest.raises(errors.UserError, match="knows its scenes"):
+    dict(scenes.Evaluator().run(data.predict, data.batches(4), None))

@@ -165,7 +165,7 @@ class DataPipeline:
     repetitions whose `mask` is False; all hosts yield equally many batches.
 
     Args:
-      split: "train", "validation" or "all".
+      split: "train", "validation", "all", or one that the source has beside.
       batch_size: examples a batch over all hosts.
       max_examples: only the first ones; None: all.
       process_index: which host this is.
@@ -205,13 +205,15 @@ class DataPipeline:
     return self.tokenizer.assets()
 
   def example_info(self, index: int, split: str) -> dict[str, Any]:
-    """code_point, name, group and captions of a position, for reports."""
+    """What is known of a position: code_point, name, group, captions and the
+    record's own `info`."""
     record = self._examples(split).records[index]
     return {
       "code_point": record.code_point,
       "name": record.name,
       "group": record.group,
       "captions": record.captions,
+      **record.info,
     }
 
   @functools.cached_property

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 SPLITS = ("train", "validation", "all")
 
@@ -26,6 +26,7 @@ class Record:
     group: the subset that it belongs to, "animals".
     captions: phrasings of the same content, the canonical one first.
     flippable: whether the mirrored picture still fits the captions.
+    info: what else is known of it, for evaluators.
   """
 
   image: bytes = dataclasses.field(repr=False)
@@ -34,13 +35,14 @@ class Record:
   group: str
   captions: tuple[str, ...]
   flippable: bool
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):
   """Records in a fixed order."""
 
   def records(self, split: str) -> Sequence[Record]:
-    """The records of "train", "validation" or "all"; prepares at need.
+    """The records of a split, at least of those in SPLITS; prepares at need.
 
     Raises:
       UserError: no such split, nothing in it, or damaged files.
