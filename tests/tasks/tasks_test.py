@@ -102,6 +102,28 @@ def test_decoder_takes_given_embeddings_in_place_of_the_picture(decoder):
   assert np.abs(other["image"] - from_embed["image"]).max() > 1e-3
 
 
+def test_stored_embeddings_serve_in_place_of_the_clip(run):
+  task, variables, frozen, batch = run
+  clip, clip_variables = task.upstream["clip"], frozen["clip"]
+  stored = {k: v for k, v in batch.items() if k != "clip_image"}
+  stored["image_embed"] = clip.encode_image(clip_variables, batch["clip_image"])
+  text = {k: batch[k] for k in ("text_tokens", "text_mask")}
+  stored["text_embed"], stored["text_encodings"] = clip.encode_text(
+    clip_variables, **text
+  )
+  without = {**frozen, "clip": {}}  # nothing is left for it to do
+
+  def loss(frozen, batch):
+    rng = jax.random.key(0)
+    return task.loss(variables, frozen, batch, rng, step=0, train=True).loss
+
+  np.testing.assert_array_equal(loss(without, stored), loss(frozen, batch))
+  tables = task.prepare(without, [stored])
+  assert {k: frozen[k].keys() for k in tables} == {
+    k: v.keys() for k, v in tables.items()
+  }
+
+
 def test_dropped_conditions_do_not_reach_the_loss(run):
   """With probability 1 the loss is the same for any caption and picture."""
   task, variables, frozen, batch = run

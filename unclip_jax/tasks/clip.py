@@ -207,6 +207,29 @@ def _cut(
   return text_tokens, text_mask[:, :length]
 
 
+def image_embed(
+  clip: Any, variables: base.Variables, batch: base.Batch
+) -> jax.Array:
+  """`image_embed` [B, D], not normalised: stored in the batch, or encoded."""
+  stored = batch.get("image_embed")
+  if stored is not None:
+    return stored
+  return clip.encode_image(variables, batch["clip_image"])
+
+
+def text_states(
+  clip: Any, variables: base.Variables, batch: base.Batch
+) -> tuple[jax.Array, jax.Array]:
+  """`text_embed` [B, D], not normalised, and `text_encodings` [B, L, W].
+
+  Stored in the batch, both of them, or encoded.
+  """
+  stored = batch.get("text_embed"), batch.get("text_encodings")
+  if all(x is not None for x in stored):
+    return stored
+  return clip.encode_text(variables, batch["text_tokens"], batch["text_mask"])
+
+
 def caption(
   clip: Any,
   clip_variables: base.Variables,
@@ -220,7 +243,8 @@ def caption(
 
   Args:
     clip: the task that encodes it.
-    batch: has text_tokens and text_mask [B, L].
+    batch: has text_tokens and text_mask [B, L], and may have what `text_states`
+      stores.
     drop: [B] bool; None: no row.
     learned_null: the network puts its own null in place of what is dropped;
       else the empty caption is encoded there.
@@ -232,9 +256,7 @@ def caption(
   """
   if drop is not None and not learned_null:
     batch = _with_empty_captions(batch, drop)
-  text_embed, text_encodings = clip.encode_text(
-    clip_variables, batch["text_tokens"], batch["text_mask"]
-  )
+  text_embed, text_encodings = text_states(clip, clip_variables, batch)
   text = {"text_embed": text_embed}
   if as_tokens:
     text |= {k: batch[k] for k in ("text_tokens", "text_mask")}
@@ -260,8 +282,8 @@ def _with_empty_captions(
   empty = jnp.where(position == 0, text_tokens, 0)
   empty = jnp.where(position == 1, end_token, empty)
   drop = drop[:, None]
+  # Without stored states: they are those of the whole captions.
   return {
-    **batch,
     "text_tokens": jnp.where(drop, empty, text_tokens),
     "text_mask": jnp.where(drop, position < 2, text_mask),
   }

@@ -96,15 +96,12 @@ class Task:
     )
 
   def _image_embed(self, frozen: base.Frozen, batch: base.Batch) -> jax.Array:
-    """Encoded; taken from the batch if it is there, else from the CLIP."""
-    clip = self.upstream["clip"]
-    image_embed = batch.get("image_embed")
-    if image_embed is None and self.condition_on == "text_embed":
-      image_embed, _ = clip.encode_text(
-        frozen["clip"], batch["text_tokens"], batch["text_mask"]
-      )
-    elif image_embed is None:
-      image_embed = clip.encode_image(frozen["clip"], batch["clip_image"])
+    """The condition, standardised; a given `image_embed` goes before all."""
+    clip, variables = self.upstream["clip"], frozen["clip"]
+    if "image_embed" not in batch and self.condition_on == "text_embed":
+      image_embed, _ = clip_task.text_states(clip, variables, batch)
+    else:
+      image_embed = clip_task.image_embed(clip, variables, batch)
     return embedding_space.encode(frozen["embedding_space"], image_embed)
 
   def _text(

@@ -75,10 +75,8 @@ class Task:
       clip_variables: base.Variables, batch: base.Batch
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
       clip = self.upstream["clip"]
-      image_embed = clip.encode_image(clip_variables, batch["clip_image"])
-      text_embed, _ = clip.encode_text(
-        clip_variables, batch["text_tokens"], batch["text_mask"]
-      )
+      image_embed = clip_task.image_embed(clip, clip_variables, batch)
+      text_embed, _ = clip_task.text_states(clip, clip_variables, batch)
       weight = batch["mask"].astype(jnp.float32)
       return image_embed, dot_product(image_embed, text_embed), weight
 
@@ -120,8 +118,8 @@ class Task:
     """Mean cross-entropy of the codes, in nats per code."""
     del step
     drop_rng, dropout_rng = draws.split(rng)
-    image_embed = self.upstream["clip"].encode_image(
-      frozen["clip"], batch["clip_image"]
+    image_embed = clip_task.image_embed(
+      self.upstream["clip"], frozen["clip"], batch
     )
     condition = self._condition(frozen, batch)
     table = frozen["code_space"]

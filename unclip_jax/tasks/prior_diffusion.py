@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from unclip_jax.diffusion import draws
 from unclip_jax.diffusion import process as process_lib
 from unclip_jax.tasks import base, priors
+from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import embedding_space
 
 
@@ -101,8 +102,8 @@ class Task:
   ) -> base.LossOutput:
     del step
     drop_rng, diffusion_rng, dropout_rng = draws.split(rng, 3)
-    image_embed = self.upstream["clip"].encode_image(
-      frozen["clip"], batch["clip_image"]
+    image_embed = clip_task.image_embed(
+      self.upstream["clip"], frozen["clip"], batch
     )
     x_start = embedding_space.encode(frozen["embedding_space"], image_embed)
     drop = None
@@ -201,10 +202,8 @@ def fit_embedding_space(
   @jax.jit
   def embed(variables: base.Variables, batch: base.Batch) -> jax.Array:
     if of == "image_embed":
-      return clip.encode_image(variables, batch["clip_image"])
-    text_embed, _ = clip.encode_text(
-      variables, batch["text_tokens"], batch["text_mask"]
-    )
+      return clip_task.image_embed(clip, variables, batch)
+    text_embed, _ = clip_task.text_states(clip, variables, batch)
     return text_embed
 
   embeds = [embed(clip_variables, batch) for batch in batches]

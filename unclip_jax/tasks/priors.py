@@ -114,8 +114,8 @@ def predict_fns(task: Any) -> dict[str, base.PredictFn]:
     rng: jax.Array,
   ) -> dict[str, jax.Array]:
     output = task.sample(variables, frozen, batch, rng, **task.sample_options)
-    true_image_embed = task.upstream["clip"].encode_image(
-      frozen["clip"], batch["clip_image"]
+    true_image_embed = clip_task.image_embed(
+      task.upstream["clip"], frozen["clip"], batch
     )
     return {**output, "true_image_embed": true_image_embed}
 
