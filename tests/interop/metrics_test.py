@@ -1,8 +1,10 @@
 """Every figure beside a public implementation's, on the same inputs."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unclip_jax.diffusion import gaussian, schedules
 from unclip_jax.metrics import frechet, inception, kernel, manifold, pictures
 
 
@@ -127,3 +129,47 @@ def test_cmmd():
 
   expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
   np.testing.assert_allclose(kernel.cmmd(a, b), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_start", "v"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_terms_of_the_bound(prediction, variance):
+  torch = pytest.importorskip("torch")
+  schedule = schedules.make_schedule("cosine", 20)
+  rng = np.random.default_rng(0)
+  x_start, noise, output = rng.normal(size=(3, 19, 6)).astype(np.float32)
+  t = np.arange(1, 20)
+  level, before = (
+    x[t][:, None]
+    for x in (schedule.alphas_cumprod, schedule.alphas_cumprod_prev)
+  )
+  beta = 1 - level / before
+  x_t = np.sqrt(level) * x_start + np.sqrt(1 - level) * noise
+  predicted = {
+    "eps": (x_t - np.sqrt(1 - level) * output) / np.sqrt(level),
+    "x_start": output,
+    "v": np.sqrt(level) * x_t - np.sqrt(1 - level) * output,
+  }[prediction]
+
+  def step(x_start, variance):
+    mean = np.sqrt(before) * beta * x_start
+    mean = mean + np.sqrt(level / before) * (1 - before) * x_t
+    mean, std = mean / (1 - level), np.sqrt(variance) + 0 * x_t
+    return torch.distributions.Normal(torch.tensor(mean), torch.tensor(std))
+
+  small = beta * (1 - before) / (1 - level)
+  kl = torch.distributions.kl_divergence(
+    step(x_start, small),
+    step(predicted, small if variance == "fixed_small" else beta),
+  )
+  found = gaussian.vlb_terms(
+    schedule,
+    jnp.asarray(output),
+    jnp.asarray(x_start),
+    jnp.asarray(x_t, jnp.float32),
+    jnp.asarray(t),
+    prediction=prediction,
+    variance=variance,
+  )
+  expected = kl.mean(dim=1).numpy() / np.log(2)
+  np.testing.assert_allclose(found, expected, rtol=2e-4)
