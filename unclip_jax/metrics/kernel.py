@@ -53,7 +53,6 @@ def kid(
       f"subset_size {subset_size} must be in [2, {min(len(a), len(b))}], the"
       " size of the smaller set"
     )
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   rng = np.random.RandomState(seed)
   values = []
   for _ in range(num_subsets):
@@ -65,6 +64,7 @@ def kid(
 
 def polynomial_mmd(a: np.ndarray, b: np.ndarray) -> float:
   """The unbiased squared MMD of [N, D] and [M, D] under KID's kernel."""
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   N, M = len(a), len(b)
   own_a = _kernel_sum(_polynomial, a, a) - _polynomial_of_self(a).sum()
   own_b = _kernel_sum(_polynomial, b, b) - _polynomial_of_self(b).sum()
