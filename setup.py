@@ -53,7 +53,15 @@ EXTRAS_REQUIRE = {
   "tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.20"],
   # Reading and comparing with foreign weights. Torch for the CPU alone is
   # smaller: install it first, as its own site says.
-  "interop": ["torch>=2.9", "transformers>=5", "diffusers>=0.36"],
+  "interop": [
+    "torch>=2.9",
+    "transformers>=5",
+    "diffusers>=0.36",
+    # What our metrics are compared with by the tests.
+    "prdc>=0.2",
+    "scikit-image>=0.25",
+    "torch-fidelity>=0.4",
+  ],
   "demo": ["gradio>=6.7"],
   "dev": [
     "hypothesis",

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
   "evaluators": {"metrics", "data", "utils"},
   "upstream": {"checkpoints", "data", "tasks.base", "tensor_files", "utils"},
   "init_from": {"checkpoints", "upstream", "utils"},
+  "features": {"upstream", "partitioning", "data", "evaluators", "utils"},
   "gradients": {"optim", "partitioning", "tasks.base", "utils"},
 }
 # The config gives the trainer the module paths of the models and tasks.

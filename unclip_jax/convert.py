@@ -6,6 +6,7 @@
   unclip convert --from clip-hf --src DIR --out models/clip
   unclip convert --from clip-openai --src ViT-L-14.pt --out models/clip
   unclip convert --from open-clip --src DIR --out models/clip
+  unclip convert --from inception --src weights.pth --out models/inception
   unclip convert --to hf --src runs/emoji/clip --out DIR
   unclip convert --to diffusers --src models/karlo --out DIR
 
@@ -16,7 +17,8 @@ must know. lora: SRC is one run of adapters (configs/lora.py), and OUT the part
 of a model that they make of the one that they adapt; `--from runs` takes such
 runs too. karlo: the folder of diffusers, or that of the original files. The
 others are described in unclip_jax/interop/. A converted CLIP is
-what `--config.frozen.clip.path` takes. Nothing is downloaded, and nothing that
+what `--config.frozen.clip.path` takes, a converted Inception what `unclip
+evaluate --inception` does. Nothing is downloaded, and nothing that
 is in a file is run.
 """
 
@@ -37,6 +39,7 @@ _READERS = {
   "clip-hf": "unclip_jax.interop.clip_hf",
   "clip-openai": "unclip_jax.interop.clip_openai",
   "open-clip": "unclip_jax.interop.open_clip",
+  "inception": "unclip_jax.interop.inception",
 }
 _WRITERS = {
   "diffusers": "unclip_jax.interop.karlo",

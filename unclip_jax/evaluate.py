@@ -1,37 +1,84 @@
-"""Measure a trained model folder on its own data and write a report.
+"""Measure a trained model and write a report.
 
   unclip evaluate --model runs/quickstart/model --out report.json
+  unclip evaluate --model models/mine --out report.json --split validation \
+    --num_images 5000 --inception models/inception --clip models/clip
+  unclip evaluate --run runs/emoji/decoder --out report.json \
+    --config configs/evals.py:of=decoder,inception=models/inception
 
-Each figure stands beside its chance level. From captions alone it draws
-pictures and looks for the true one of each among all true ones.
+A whole model (--model) draws pictures from captions alone and looks for the
+true one of each among all true ones; each figure stands beside its chance
+level. With an Inception (`unclip convert --from inception`) there are the FID
+and its like, with a CLIP the CLIP score and the CMMD.
+
+Of one stage (--run: a run folder, or one part of a model) the evaluators of its
+config are run, or those of --config in their place; --config.evals.NAME.FIELD
+changes them.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
+import numpy as np
 from absl import flags
 
-from unclip_jax import pipelines
+from unclip_jax import checkpoints, features, pipelines, trainer
 from unclip_jax.evaluators import report
-from unclip_jax.utils import programs
+from unclip_jax.utils import errors, programs
 
-MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
+MODEL = flags.DEFINE_string("model", None, "Model folder.")
+RUN = flags.DEFINE_string("run", None, "Run folder, or one part of a model.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
 SPLIT = flags.DEFINE_enum(
-  "split", "train", ["train", "validation"], "Which captions and pictures."
+  "split",
+  "train",
+  ["train", "validation"],
+  "Of --model: which captions and pictures.",
 )
 NUM_EMBEDS = flags.DEFINE_integer(
-  "num_embeds", 500, "Examples for retrieval and for the prior.", 2
+  "num_embeds", 500, "Of --model: examples for retrieval and the prior.", 2
 )
 NUM_IMAGES = flags.DEFINE_integer(
-  "num_images", 100, "Captions to draw pictures from.", 2
+  "num_images", 100, "Of --model: captions to draw pictures from.", 2
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+INCEPTION = flags.DEFINE_string(
+  "inception", None, "Of --model: folder of an Inception, for the FID."
+)
+CLIP = flags.DEFINE_string(
+  "clip", None, "Of --model: folder of a CLIP, for the CLIP score and the CMMD."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of --model: of the draws.")
+CONFIG = programs.config_flag(required=False)
 
 
 def main() -> None:
+  if bool(MODEL.value) == bool(RUN.value):
+    raise errors.UserError("give --model or --run, one of them")
+  results = of_model() if MODEL.value else of_run()
+  out = pathlib.Path(OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  written = [str(out)]
+  for name, values in results.items():
+    if not isinstance(values, dict):
+      continue
+    for key in [k for k, value in values.items() if np.ndim(value)]:
+      path = out.with_suffix(f".{name}.{key}.png")
+      pipelines.to_pil(values.pop(key) / 2 + 0.5).save(path)
+      written.append(str(path))
+  text = json.dumps(results, indent=2)
+  out.write_text(text + "\n", encoding="utf-8")
+  print(text)
+  print(f"written: {', '.join(written)}")
+
+
+def of_model() -> dict[str, Any]:
+  """What is known of a pipeline's pictures."""
+  if CONFIG.is_given:
+    raise errors.UserError("--config goes with --run")
+  networks = {"fid": INCEPTION.value, "clip_score": CLIP.value}
   pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
   results = report.report(
     pipe.predict_fns(SEED.value),
@@ -39,15 +86,24 @@ def main() -> None:
     split=SPLIT.value,
     num_embeds=NUM_EMBEDS.value,
     num_images=NUM_IMAGES.value,
+    beside={
+      name: features.load(path).beside
+      for name, path in networks.items()
+      if path
+    },
   )
-  out = pathlib.Path(OUT.value)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  grid = results["nearest_match"].pop("grid")
-  pipelines.to_pil(grid / 2 + 0.5).save(out.with_suffix(".png"))
-  text = json.dumps({"split": SPLIT.value, **results}, indent=2)
-  out.write_text(text + "\n", encoding="utf-8")
-  print(text)
-  print(f"written to {out}; true and drawn pairs in {out.with_suffix('.png')}")
+  return {"split": SPLIT.value, **results}
+
+
+def of_run() -> dict[str, Any]:
+  """What the evaluators of a config say of one stage."""
+  config = checkpoints.load_config(RUN.value)
+  if CONFIG.is_given:
+    with config.unlocked():
+      config.evals = CONFIG.value.evals
+  else:
+    config = CONFIG.over(config)
+  return trainer.evaluate(RUN.value, config)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from absl import logging
 from unclip_jax import (
   checkpoints,
   distributed,
+  features,
   flops,
   gradients,
   init_from,
@@ -505,7 +506,9 @@ def _loop(
       for name, evaluate in evals.items():
         if step % evaluate.every_steps == 0 or step == config.num_steps:
           with timer.part("evaluation"), watchdog.paused():
-            results = evaluate(run.backend.on_mesh(state), frozen)
+            results = evaluate(
+              evaluate.variables(run.backend.on_mesh(state)), frozen
+            )
             metric_writers.write_results(
               writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
             )
@@ -545,7 +548,7 @@ def _check_finite(
 
 @dataclasses.dataclass(frozen=True)
 class _Eval:
-  """One entry of `config.evals`, ready to run on a state."""
+  """One entry of `config.evals`, ready to run on a model."""
 
   evaluator: Any
   predict: Callable[..., dict[str, jax.Array]]
@@ -555,17 +558,22 @@ class _Eval:
   use_ema: bool
   rng: jax.Array
   mesh: jax.sharding.Mesh
+  network: features.Features | None
+
+  def variables(self, state: TrainState) -> PyTree:
+    """Those of a state that are evaluated."""
+    params = state.ema_params if self.use_ema else state.params
+    return {"params": params, **state.model_state}
 
   def __call__(
-    self, state: TrainState, frozen: Mapping[str, PyTree]
+    self, variables: PyTree, frozen: Mapping[str, PyTree]
   ) -> dict[str, Any]:
-    params = state.ema_params if self.use_ema else state.params
-    variables = {"params": params, **state.model_state}
-
     def predict(batch: Mapping[str, Any]) -> dict[str, Any]:
       placed = partitioning.spread(batch, self.mesh)
       return jax.device_get(self.predict(variables, frozen, placed, self.rng))
 
+    if self.network is not None:
+      predict = self.network.beside(predict, self.info)
     return dict(self.evaluator.run(predict, self.batches, self.info))
 
 
@@ -578,6 +586,7 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
   config = run.config
   predict_fns = run.task.predict_fns()
   jitted: dict[str, Any] = {}
+  networks: dict[str, features.Features] = {}
   evals = {}
   for name, spec in config.evals.items():
     fields = dict(spec.items())
@@ -589,6 +598,9 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
         + config_lib.suggest(pred, predict_fns)
       )
     jitted.setdefault(pred, compile_predict(run, predict_fns[pred]))
+    path = fields.pop("features", None)
+    if path and path not in networks:
+      networks[path] = features.load(path, run.mesh)
     split = fields.pop("split", "validation")
     batches = run.data.eval_batches(
       split,
@@ -604,8 +616,39 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
       info=lambda index, split=split: run.data.example_info(index, split),
       rng=jax.random.key(config.seed),
       mesh=run.mesh,
+      network=networks[path] if path else None,
     )
   return evals
+
+
+def evaluate(
+  path: str, config: ml_collections.ConfigDict
+) -> dict[str, dict[str, Any]]:
+  """Runs the evaluators of `config.evals` on a trained model.
+
+  Args:
+    path: a run folder, or one part of a released model. Of a run the moving
+      average is what counts, whatever `use_ema` says.
+    config: the model's own, in which `evals` may be others.
+
+  Returns:
+    Evaluator -> name -> number, or picture in [-1, 1].
+
+  Raises:
+    UserError: there is no such folder, or the config is wrong.
+  """
+  model = checkpoints.load_model(path)
+  run = setup(upstream.at_home(config, path))
+  variables = {"model": model.variables}
+  shardings = partitioning.frozen_shardings(
+    variables, run.config.sharding, run.mesh
+  )
+  variables = jax.device_put(variables, shardings)["model"]
+  tables = jax.device_put(model.tables, partitioning.replicated(run.mesh))
+  return {
+    name: evaluator(variables, {**run.frozen, **tables})
+    for name, evaluator in build_evals(run).items()
+  }
 
 
 def compile_predict(

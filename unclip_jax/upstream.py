@@ -63,12 +63,7 @@ def load_model(
       those that this model was trained with.
   """
   stored = checkpoints.load_model(path, abstract=abstract, lazy=lazy)
-  config = stored.config.copy_and_resolve_references()
-  with config.unlocked():
-    for spec in config.get("frozen", {}).values():
-      # The parts of a released model lie beside each other.
-      if (spec.get("path") or "").startswith(".."):
-        spec.path = os.path.abspath(os.path.join(path, spec.path))
+  config = at_home(stored.config, path)
   models = load(config.get("frozen", {}), given=given, abstract=abstract)
   loaded = Loaded(
     _build(config, models),
@@ -79,6 +74,19 @@ def load_model(
     stored.fingerprint,
   )
   return _plain(loaded, models)
+
+
+def at_home(
+  config: ml_collections.ConfigDict, path: str
+) -> ml_collections.ConfigDict:
+  """The config of a folder, with the paths that it takes from there."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for spec in config.get("frozen", {}).values():
+      # The parts of a released model lie beside each other.
+      if (spec.get("path") or "").startswith(".."):
+        spec.path = os.path.abspath(os.path.join(path, spec.path))
+  return config
 
 
 def load(

@@ -10,16 +10,28 @@ import pytest
 
 from unclip_jax.evaluators import (
   base,
-  low_res_psnr,
+  clip_score,
+  fid,
   mean,
   nearest_match,
+  perceptual,
   prior_report,
+  psnr_ssim,
+  report,
   retrieval,
   sample_grid,
   scenes,
+  vlb,
   zero_shot,
 )
-from unclip_jax.metrics import pictures
+from unclip_jax.metrics import (
+  frechet,
+  inception,
+  kernel,
+  manifold,
+  pictures,
+  similarity,
+)
 from unclip_jax.utils import errors
 from unclip_jax.utils import scenes as scenes_lib
 
@@ -81,7 +93,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_every_evaluator_is_a_frozen_dataclass():
   names = (
     "mean retrieval zero_shot sample_grid prior_report nearest_match"
-    " low_res_psnr scenes"
+    " psnr_ssim scenes vlb fid clip_score perceptual"
   )
   for name in names.split():
     module = importlib.import_module(f"unclip_jax.evaluators.{name}")
@@ -308,29 +320,198 @@ def test_sample_grid_of_drawn_pictures_needs_no_true_ones():
     run(sample_grid.Evaluator(parts=("true", "low_ress")), data)
 
 
-# ---- low_res_psnr
+# ---- psnr_ssim
 
 
-def test_low_res_psnr_of_known_errors():
-  true = 0.5 * random(N, 8, 8, 3)
+def test_psnr_and_ssim_of_known_errors():
+  true = 0.5 * random(N, 16, 16, 3)
   low_res = pictures.area_resize(true, 4, 4).astype(np.float32)
   # +-0.2 in a checkerboard: 20 dB from the true one, nothing on average.
-  board = np.indices((8, 8)).sum(axis=0) % 2 * 0.4 - 0.2
+  board = np.indices((16, 16)).sum(axis=0) % 2 * 0.4 - 0.2
   data = Data(
     image=true + board[None, :, :, None],
     given_image=true,
     given_low_res=low_res,
   )
-  values = run(low_res_psnr.Evaluator(), data, given=("image", "low_res"))
+  values = run(psnr_ssim.Evaluator(), data, given=("image", "low_res"))
   np.testing.assert_allclose(values["psnr"], 20.0, atol=1e-4)
   np.testing.assert_allclose(values["consistency_psnr"], 100.0)
   np.testing.assert_allclose(values["consistency_psnr_true"], 100.0)
-  enlarged = pictures.bilinear_resize(low_res, 8, 8)
+  enlarged = pictures.bilinear_resize(low_res, 16, 16)
   expected = 10 * np.log10(4 / ((enlarged - true) ** 2).mean(axis=(1, 2, 3)))
   np.testing.assert_allclose(
     values["psnr_bilinear"], expected.mean(), rtol=1e-5
   )
+  drawn = (true + board[None, :, :, None]).astype(np.float32)
+  assert values["ssim"] == pytest.approx(pictures.ssim(drawn, true).mean())
+  of_enlarged = pictures.ssim(enlarged, true).mean()
+  assert values["ssim_bilinear"] == pytest.approx(of_enlarged, rel=1e-5)
+  assert values["ssim_bilinear"] < values["ssim"] < 1.0
   assert values["count"] == N
+
+
+# ---- vlb
+
+
+def test_vlb_parts_add_up_in_bins():
+  terms = np.abs(random(N, 8))
+  prior_term = np.abs(random(N, seed=1))
+  data = Data(
+    bits_per_dim=prior_term + terms.sum(axis=1),
+    prior_term=prior_term,
+    terms=terms,
+  )
+  values = run(vlb.Evaluator(num_bins=3), data)
+  means = terms.astype(np.float64).mean(axis=0)
+  assert values["reconstruction_term"] == pytest.approx(means[0])
+  assert values["bin0"] == pytest.approx(means[1:4].sum())
+  assert values["bin2"] == pytest.approx(means[6:].sum())
+  parts = ("prior_term", "reconstruction_term", "bin0", "bin1", "bin2")
+  total = sum(values[name] for name in parts)
+  assert values["bits_per_dim"] == pytest.approx(total, rel=1e-6)
+  error = data.arrays["bits_per_dim"].std() / N**0.5
+  assert values["bits_per_dim_error"] == pytest.approx(error, rel=1e-5)
+  assert values["count"] == N
+
+
+# ---- fid
+
+
+def features(**changes: np.ndarray) -> Data:
+  return Data(
+    features=random(N, 3, seed=1),
+    true_features=random(N, 3, seed=2) + 0.2,
+    logits_unbiased=5 * random(N, 4, seed=3),
+    true_logits_unbiased=5 * random(N, 4, seed=4),
+    **changes,
+  )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_fid_is_that_of_the_real_rows_in_any_batches(batch_size):
+  data = features()
+  values = run(fid.Evaluator(k=2), data, batch_size)
+  drawn, true = data.arrays["features"], data.arrays["true_features"]
+  expected = frechet.distance(
+    frechet.Moments.of(true), frechet.Moments.of(drawn)
+  )
+  assert values["fid"] == pytest.approx(expected)
+  assert values["kid"] == pytest.approx(kernel.polynomial_mmd(true, drawn))
+  for name, value in manifold.prdc(true, drawn, 2).items():
+    assert values[name] == value
+  for prefix, name in (
+    ("", "logits_unbiased"),
+    ("_true", "true_logits_unbiased"),
+  ):
+    score, _ = inception.score(data.arrays[name])
+    assert values[f"inception_score{prefix}"] == pytest.approx(score)
+  assert values["count"] == N
+
+
+def test_fid_to_the_statistics_of_a_file(tmp_path):
+  data = features()
+  true = data.arrays["true_features"].astype(np.float64)
+  path = str(tmp_path / "reference.npz")
+  np.savez(path, mu=true.mean(axis=0), sigma=np.cov(true, rowvar=False))
+  to_split = run(fid.Evaluator(), data)
+  values = run(fid.Evaluator(reference=path), data)
+  assert values["fid"] == pytest.approx(to_split["fid"])
+  np.savez(path, mu=true.mean(axis=0) + 10, sigma=np.cov(true, rowvar=False))
+  assert run(fid.Evaluator(reference=path), data)["fid"] > 200
+  np.savez(path, mu=np.zeros(2), sigma=np.eye(2))
+  with pytest.raises(errors.UserError, match="another network's features"):
+    run(fid.Evaluator(reference=path), data)
+  np.savez(path, m=np.zeros(2))
+  with pytest.raises(
+    errors.UserError, match=r"no \.npz file with mu and sigma"
+  ):
+    run(fid.Evaluator(reference=path), data)
+  with pytest.raises(errors.UserError, match="there is no nowhere"):
+    run(fid.Evaluator(reference="nowhere"), data)
+
+
+def test_fid_needs_neighbours():
+  with pytest.raises(errors.UserError, match="5th and got 5 examples"):
+    run(fid.Evaluator(max_examples=5), features())
+
+
+# ---- clip_score, perceptual
+
+
+def test_clip_score_has_its_levels():
+  text = np.eye(N)
+  data = Data(image_embed=3 * text, true_image_embed=text + 1, text_embed=text)
+  values = run(clip_score.Evaluator(), data)
+  assert values["clip_score"] == 100.0 and values["clip_score_shuffled"] == 0.0
+  expected = similarity.clip_score(text + 1, text).mean()
+  assert values["clip_score_true"] == pytest.approx(expected)
+  assert values["cmmd"] == pytest.approx(kernel.cmmd(text + 1, text), rel=1e-5)
+  assert values["count"] == N
+  with pytest.raises(errors.UserError, match="two or more"):
+    run(clip_score.Evaluator(max_examples=1), data)
+
+
+def test_perceptual_is_the_squared_distance_of_pairs():
+  true = np.eye(N)
+  data = Data(features=true + 0.5 * np.eye(N), true_features=true)
+  values = run(perceptual.Evaluator(), data)
+  assert values["distance"] == 0.25
+  assert values["distance_shuffled"] == 1.5**2 + 1
+  with pytest.raises(errors.UserError, match="two or more"):
+    run(perceptual.Evaluator(max_examples=1), data)
+
+
+# ---- report
+
+
+def test_report_draws_once_for_all_that_look_at_pictures():
+  drawn, text = random(N, 16, 16, 3), random(N, 4, seed=1)
+  draws = []
+
+  class Source:
+    def eval_batches(self, split, batch_size, count):
+      assert split == "train"
+      data = Data(given_image=random(N, 16, 16, 3, seed=2))
+      return data.batches(batch_size, ("image",))
+
+    def example_info(self, index, split):
+      return {"captions": (f"{split} {index}",)}
+
+  def text_to_image(batch):
+    draws.append(batch["index"])
+    return {"image": drawn[batch["index"]]}
+
+  def beside(predict, info):
+    def together(batch):
+      image = predict(batch)["image"]
+      assert info(3) == {"captions": ("train 3",)}
+      features = image.mean(axis=(1, 2))
+      return {
+        **{"features": features, "true_features": features},
+        **{"image_embed": features, "true_image_embed": features},
+        "text_embed": features,
+      }
+
+    return together
+
+  results = report.report(
+    {
+      "embed": lambda b: dict.fromkeys(
+        ("image_embed", "text_embed"), text[b["index"]]
+      ),
+      "text_to_image": text_to_image,
+    },
+    Source(),
+    split="train",
+    num_embeds=N,
+    num_images=N,
+    draw_batch_size=4,
+    beside={"fid": beside, "clip_score": beside},
+  )
+  expected = {"retrieval", "nearest_match", "fid", "clip_score"}
+  assert set(results) == expected and len(draws) == 3
+  assert results["fid"]["fid"] == pytest.approx(0.0, abs=1e-9)
+  assert results["clip_score"]["clip_score"] == pytest.approx(100.0)
 
 
 # ---- scenes

@@ -106,3 +106,40 @@ def test_make_grid_is_square_by_default_and_always_a_picture():
   assert grid.shape == (6, 6, 3)
   np.testing.assert_array_equal(grid[:2, :2], 0.0)
   np.testing.assert_array_equal(grid[2:], 1.0)
+
+
+def test_ssim_of_equal_inverted_and_constant_pictures():
+  images = random_pictures(2, 16)
+  np.testing.assert_allclose(pictures.ssim(images, images), 1.0)
+  inverted = pictures.ssim(0.5 + 0.1 * images, 0.5 - 0.1 * images)
+  assert np.all(inverted < -0.2) and np.all(inverted >= -1.0)
+  # Without variance only the means count: (2 m n + c) / (m^2 + n^2 + c).
+  grey, white = np.zeros((1, 12, 12, 3)), np.ones((1, 12, 12, 3))
+  expected = 0.02**2 / (1 + 0.02**2)
+  np.testing.assert_allclose(pictures.ssim(grey, white), expected, atol=1e-9)
+
+
+def test_ssim_is_its_definition_at_every_window():
+  a, b = random_pictures(2, 13)[..., :1]
+  offsets = np.indices((11, 11)) - 5
+  window = np.exp(-(offsets**2).sum(axis=0) / (2 * 1.5**2))
+  window /= window.sum()
+  values = []
+  for i, j in np.ndindex(3, 3):
+    x, y = (p[i : i + 11, j : j + 11, 0].astype(np.float64) for p in (a, b))
+    mx, my = (window * x).sum(), (window * y).sum()
+    vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+    cov = (window * (x - mx) * (y - my)).sum()
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    values.append(
+      (2 * mx * my + c1)
+      * (2 * cov + c2)
+      / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    )
+  found = pictures.ssim(a[None], b[None])
+  np.testing.assert_allclose(found, [np.mean(values)], rtol=1e-6)
+
+
+def test_ssim_needs_room_for_its_window():
+  with pytest.raises(ValueError, match="11 pixels"):
+    pictures.ssim(random_pictures(1, 10), random_pictures(1, 10))

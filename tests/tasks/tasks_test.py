@@ -395,3 +395,25 @@ def test_the_error_of_x_start_is_estimated_timestep_by_timestep(prior):
   )
   by_row = np.mean(x_start**2, axis=1)
   np.testing.assert_allclose(table, np.tile(by_row, 250), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler"])
+def test_the_bound_has_parts_and_heeds_the_condition(name):
+  task, variables, frozen, batch = _ready(name)
+  task = dataclasses.replace(task, process={**task.process, "num_vlb_terms": 3})
+  B = len(batch["index"])
+  vlb = jax.jit(task.predict_fns()["vlb"])
+  found = vlb(variables, frozen, batch, jax.random.key(0))
+  assert found["terms"].shape == found["timesteps"].shape == (B, 3)
+  np.testing.assert_allclose(
+    found["bits_per_dim"],
+    found["prior_term"] + found["terms"].sum(axis=1),
+    rtol=1e-5,
+  )
+  assert np.all(found["timesteps"][:, 0] == 0)
+  condition = "low_res" if name == "upsampler" else "text_tokens"
+  other = dict(batch, **{condition: batch[condition][::-1]})
+  changed = vlb(variables, frozen, other, jax.random.key(0))
+  np.testing.assert_array_equal(changed["prior_term"], found["prior_term"])
+  difference = np.abs(changed["terms"] - found["terms"])
+  assert np.all(difference.max(axis=0) > 0)

@@ -348,6 +348,14 @@ def normal_kl(
   return 0.5 * (jnp.exp(log_ratio) - 1.0 - log_ratio + distance)
 
 
+def log_density(
+  x: jax.Array, mean: jax.Array, log_variance: jax.Array
+) -> jax.Array:
+  """Log density of a normal at x, elementwise, in nats."""
+  distance = jnp.square(x - mean) * jnp.exp(-log_variance)
+  return -0.5 * (np.log(2.0 * np.pi) + log_variance + distance)
+
+
 def discretized_gaussian_log_likelihood(
   x: jax.Array, mean: jax.Array, log_variance: jax.Array
 ) -> jax.Array:
@@ -387,13 +395,19 @@ def vlb_terms(
   prediction: Prediction,
   variance: Variance,
   clip_x_start: ClipXStart = None,
+  discrete: bool = True,
 ) -> jax.Array:
   """One term of the variational bound per example, [B] bits per dimension.
 
   For t > 0 the KL of p(x_{t-1} | x_t) from the true posterior, for t = 0 the
-  discretised likelihood of x_start, which presumes 8-bit data in [-1, 1] (Ho
-  et al., eqs. 5 and 13). The whole bound is the sum over all t plus a prior
-  term that no network changes. Arguments and errors as in `p_mean_variance`.
+  likelihood of x_start (Ho et al., eqs. 5 and 13). The whole bound is the sum
+  over all t plus a prior term that no network changes
+  (diffusion/likelihood.py). Other arguments and errors as in
+  `p_mean_variance`.
+
+  Args:
+    discrete: at t = 0 the mass of 8-bit levels in [-1, 1]; False: the density,
+      for data that have no levels.
   """
   x_start = x_start.astype(jnp.float32)
   mean, _, log_variance = q_posterior(schedule, x_start, x_t, timesteps)
@@ -407,9 +421,10 @@ def vlb_terms(
     clip_x_start=clip_x_start,
   )
   kl = normal_kl(mean, log_variance, predicted.mean, predicted.log_variance)
-  nll = -discretized_gaussian_log_likelihood(
-    x_start, predicted.mean, predicted.log_variance
+  log_likelihood = (
+    discretized_gaussian_log_likelihood if discrete else log_density
   )
+  nll = -log_likelihood(x_start, predicted.mean, predicted.log_variance)
   nats = jnp.where(
     timesteps == 0, _mean_per_example(nll), _mean_per_example(kl)
   )

@@ -21,6 +21,7 @@ from unclip_jax.diffusion import (
   draws,
   gaussian,
   guidance,
+  likelihood,
   samplers,
   schedules,
 )
@@ -42,6 +43,8 @@ class Process:
       has not been estimated.
     clip_x_start: bound on |x_start| while sampling; None leaves it free.
     min_snr_gamma: of the loss (gaussian.training_losses); None: unweighted.
+    num_vlb_terms: calls of the network for an estimate of the bound; at least
+      2, and T for the bound itself (likelihood.vlb).
   """
 
   schedule: str = "cosine"
@@ -51,6 +54,7 @@ class Process:
   variance: str = "fixed_small"
   clip_x_start: float | None = None
   min_snr_gamma: float | None = None
+  num_vlb_terms: int = 32
 
   @functools.cached_property
   def noise_schedule(self) -> schedules.NoiseSchedule:
@@ -141,6 +145,32 @@ class Process:
     coin = jax.random.bernoulli(draws.first(rng))
     return jax.lax.stop_gradient(
       jax.lax.cond(coin, predict, jnp.zeros_like, x_t)
+    )
+
+  def vlb(
+    self,
+    denoise_fn: samplers.DenoiseFn,
+    x_start: jax.Array,
+    rng: jax.Array,
+    *,
+    discrete: bool,
+    x_start_mse: jax.Array | None = None,
+  ) -> likelihood.Vlb:
+    """Bits per dimension of x_start [B, ...]; arguments as likelihood.vlb.
+
+    Args:
+      x_start_mse: as in `sample`.
+    """
+    return likelihood.vlb(
+      denoise_fn,
+      self.noise_schedule,
+      x_start,
+      rng,
+      num_terms=min(self.num_vlb_terms, self.num_timesteps),
+      prediction=self.prediction,
+      variance=self._variance(x_start_mse),
+      clip_x_start=self.clip_x_start,
+      discrete=discrete,
     )
 
   def sample(

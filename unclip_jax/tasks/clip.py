@@ -191,7 +191,31 @@ class Task:
         "text_embed": normalize(text_embed),
       }
 
-    return {"loss": base.loss_predict_fn(self), "embed": embed}
+    def features(
+      variables: base.Variables,
+      frozen: base.Frozen,
+      batch: base.Batch,
+      rng: jax.Array,
+    ) -> dict[str, jax.Array]:
+      """Of pictures of any size, and of captions where there are some."""
+      del frozen, rng
+      B, _, _, C = batch["image"].shape
+      shape = (B, self.image_size, self.image_size, C)
+      image = jax.image.resize(batch["image"], shape, "bicubic")
+      image_embed = self.encode_image(variables, jnp.clip(image, -1.0, 1.0))
+      found = {"image_embed": normalize(image_embed)}
+      if "text_tokens" in batch:
+        text_embed, _ = self.encode_text(
+          variables, batch["text_tokens"], batch["text_mask"]
+        )
+        found["text_embed"] = normalize(text_embed)
+      return found
+
+    return {
+      "loss": base.loss_predict_fn(self),
+      "embed": embed,
+      "features": features,
+    }
 
 
 def _cut(

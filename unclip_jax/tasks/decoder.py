@@ -258,6 +258,27 @@ class Task:
       **options,
     )
 
+  def vlb(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Parts of the bound on -log2 p(x | z_i, caption), as likelihood.Vlb.
+
+    Bits per dimension of pictures of 8-bit levels.
+    """
+    encoded = self._encode(variables, frozen, batch, [(True, True)])
+    bound = self.diffusion.vlb(
+      self._denoise_fn(variables, encoded),
+      batch["image"],
+      rng,
+      discrete=True,
+      x_start_mse=frozen.get("x_start_mse"),
+    )
+    return bound._asdict()
+
   def _denoise_fn(
     self, variables: base.Variables, encoded: base.PyTree, **shown: jax.Array
   ) -> samplers.DenoiseFn:
@@ -323,7 +344,11 @@ class Task:
     ) -> dict[str, jax.Array]:
       return self.sample(variables, frozen, batch, rng, **self.sample_options)
 
-    return {"loss": base.loss_predict_fn(self), "sample": sample}
+    return {
+      "loss": base.loss_predict_fn(self),
+      "sample": sample,
+      "vlb": self.vlb,
+    }
 
 
 def _to_rows(rows: int, tree: base.PyTree) -> base.PyTree:

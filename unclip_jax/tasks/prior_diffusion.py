@@ -181,8 +181,43 @@ class Task:
     candidates = embedding_space.decode(frozen["embedding_space"], x_0)
     return priors.keep_nearest(candidates, condition["text_embed"])
 
+  def vlb(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Parts of the bound on -log2 p(z_i | caption), as likelihood.Vlb.
+
+    Of the density per dimension of the standardised embedding, which has no
+    levels: below 0 where it is above 1. Comparable between models of one
+    embedding space only.
+    """
+    image_embed = self.upstream["clip"].encode_image(
+      frozen["clip"], batch["clip_image"]
+    )
+    x_start = embedding_space.encode(frozen["embedding_space"], image_embed)
+    cache = self.model.apply(
+      variables, **self._condition(frozen, batch), method=self.model.prefill
+    )
+
+    def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
+      return self.model.apply(
+        variables, x_t, timesteps, cache, method=self.model.denoise
+      )
+
+    bound = self.diffusion.vlb(
+      denoise_fn,
+      x_start,
+      rng,
+      discrete=False,
+      x_start_mse=frozen.get("x_start_mse"),
+    )
+    return bound._asdict()
+
   def predict_fns(self) -> dict[str, base.PredictFn]:
-    return priors.predict_fns(self)
+    return {**priors.predict_fns(self), "vlb": self.vlb}
 
 
 def fit_embedding_space(

@@ -170,6 +170,35 @@ class Task:
     )
     return {"image": jnp.clip(x_0, -1.0, 1.0)}
 
+  def vlb(
+    self,
+    variables: base.Variables,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Parts of the bound on -log2 p(x | low_res), as likelihood.Vlb.
+
+    Bits per dimension of pictures of 8-bit levels; the trained weights alone,
+    not those of a separate last step.
+    """
+    params, _ = _split(variables)
+
+    def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
+      model_output, _ = self.model.apply(
+        params, x_t, timesteps, low_res=batch["low_res"]
+      )
+      return model_output
+
+    bound = self.diffusion.vlb(
+      denoise_fn,
+      batch["image"],
+      rng,
+      discrete=True,
+      x_start_mse=frozen.get("x_start_mse"),
+    )
+    return bound._asdict()
+
   def predict_fns(self) -> dict[str, base.PredictFn]:
     def sample(
       variables: base.Variables,
@@ -179,7 +208,11 @@ class Task:
     ) -> dict[str, jax.Array]:
       return self.sample(variables, frozen, batch, rng, **self.sample_options)
 
-    return {"loss": base.loss_predict_fn(self), "sample": sample}
+    return {
+      "loss": base.loss_predict_fn(self),
+      "sample": sample,
+      "vlb": self.vlb,
+    }
 
 
 def _split(

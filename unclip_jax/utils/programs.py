@@ -78,7 +78,17 @@ class ConfigFlag:
     Raises:
       UserError: as `config.load` and `config.apply_overrides`.
     """
-    config = config_lib.load(self._path.value)
+    return self.over(config_lib.load(self._path.value))
+
+  @property
+  def is_given(self) -> bool:
+    """Whether there is a `--config`."""
+    return self._path.value is not None
+
+  def over(
+    self, config: ml_collections.ConfigDict
+  ) -> ml_collections.ConfigDict:
+    """Another config with the overrides put in."""
     items = [item.partition("=") for item in self._overrides.value]
     overrides = {name: text for name, _, text in items}
     return config_lib.apply_overrides(config, overrides)
@@ -93,14 +103,14 @@ def check_folder(flag: str, path: str) -> None:
     )
 
 
-def config_flag() -> ConfigFlag:
+def config_flag(*, required: bool = True) -> ConfigFlag:
   """Defines `--config FILE.py[:arg]` and `--config.a.b=value`."""
   path = flags.DEFINE_string(
     "config",
     None,
     "Config file with its argument, FILE.py[:arg]; override single fields"
     " with --config.NAME=VALUE.",
-    required=True,
+    required=required,
   )
   overrides = flags.DEFINE_multi_string(
     _OVERRIDES, [], "NAME=VALUE; what --config.NAME=VALUE stands for."
