@@ -51,6 +51,7 @@ ALLOWED["inference"] = {
   "tensor_files",
 }
 ALLOWED["interop"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["protocols"] = {"evaluators", "metrics", "data", "utils"}
 ALLOWED["manipulations"] = {"data", "metrics", "tensor_files", "utils"}
 ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
 

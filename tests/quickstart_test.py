@@ -120,6 +120,22 @@ def test_bad_input_is_one_line_and_exit_code_2(out, tmp_path, run_python):
   assert not (tmp_path / "x").exists()
 
 
+def test_a_protocol_on_the_model(out, tmp_path, run_python):
+  report = tmp_path / "sweep.json"
+  arguments = (
+    *("evaluate", "--model", str(out / "model"), "--out", str(report)),
+    *("--protocol", "guidance_sweep", "--option", "guidance_scales=1.0,"),
+  )
+  process = unclip(run_python, *arguments, "--option", "num_images=6")
+  assert process.returncode == 0, process.stderr
+  written = json.loads(report.read_text())
+  assert written["options"]["num_images"] == written["rows"][0]["count"] == 6
+  assert "| guidance_scale |" in process.stdout
+  assert_user_error(
+    unclip(run_python, *arguments, "--option", "images=6"), "num_images"
+  )
+
+
 def test_same_seed_same_pictures_whatever_the_batch(pipe):
   prompts = ["a red circle", "a blue square", "a ring"]
   all_at_once = pipe(prompts, seed=5, output_type="np").images

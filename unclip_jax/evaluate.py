@@ -11,6 +11,14 @@ true one of each among all true ones; each figure stands beside its chance
 level. With an Inception (`unclip convert --from inception`) there are the FID
 and its like, with a CLIP the CLIP score and the CMMD.
 
+  unclip evaluate --model models/mine --out sweep.json \
+    --protocol guidance_sweep --option guidance_scales=1,2,4 \
+    --option num_images=5000 --inception models/inception
+
+An experiment on a whole model is a protocol (unclip_jax/protocols, a module
+each, whose fields are the options): prior_report, guidance_sweep, coco30k,
+diversity, scenes, typographic, aesthetic. It writes a table and plots too.
+
 Of one stage (--run: a run folder, or one part of a model) the evaluators of its
 config are run, or those of --config in their place; --config.evals.NAME.FIELD
 changes them.
@@ -18,6 +26,7 @@ changes them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -27,16 +36,21 @@ from absl import flags
 
 from unclip_jax import checkpoints, features, pipelines, trainer
 from unclip_jax.evaluators import report
+from unclip_jax.protocols import base
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs
 
 MODEL = flags.DEFINE_string("model", None, "Model folder.")
 RUN = flags.DEFINE_string("run", None, "Run folder, or one part of a model.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
-SPLIT = flags.DEFINE_enum(
-  "split",
-  "train",
-  ["train", "validation"],
-  "Of --model: which captions and pictures.",
+SPLIT = flags.DEFINE_string(
+  "split", "train", "Of --model: which captions and pictures."
+)
+PROTOCOL = flags.DEFINE_string(
+  "protocol", None, "Of --model: a module of unclip_jax/protocols."
+)
+OPTION = flags.DEFINE_multi_string(
+  "option", [], "Of --protocol: NAME=VALUE, one of its fields; repeated."
 )
 NUM_EMBEDS = flags.DEFINE_integer(
   "num_embeds", 500, "Of --model: examples for retrieval and the prior.", 2
@@ -57,8 +71,13 @@ CONFIG = programs.config_flag(required=False)
 def main() -> None:
   if bool(MODEL.value) == bool(RUN.value):
     raise errors.UserError("give --model or --run, one of them")
-  results = of_model() if MODEL.value else of_run()
   out = pathlib.Path(OUT.value)
+  if PROTOCOL.value:
+    written = [str(path) for path in of_protocol(out)]
+    print(out.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"written: {', '.join(written)}")
+    return
+  results = of_model() if MODEL.value else of_run()
   out.parent.mkdir(parents=True, exist_ok=True)
   written = [str(out)]
   for name, values in results.items():
@@ -93,6 +112,40 @@ def of_model() -> dict[str, Any]:
     },
   )
   return {"split": SPLIT.value, **results}
+
+
+def of_protocol(out: pathlib.Path) -> list[pathlib.Path]:
+  """Carries a protocol out on a pipeline and writes what it found."""
+  if not MODEL.value:
+    raise errors.UserError("--protocol goes with --model")
+  fields = base.parse_options(OPTION.value)
+  protocol = config_lib.instantiate(
+    f"unclip_jax.protocols.{PROTOCOL.value}", "Protocol", fields
+  )
+  pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
+  if CLIP.value:
+    clip = features.load(CLIP.value)
+  else:  # its own, which its pictures please by construction
+    weights, _ = pipe.weights("clip")
+    clip = features.of(pipe.parts["clip"]._replace(variables=weights))
+  subject = base.Subject(
+    pipe,
+    pipe.data(),
+    SPLIT.value,
+    clip.beside,
+    features.load(INCEPTION.value).beside if INCEPTION.value else None,
+    SEED.value,
+  )
+  head = {
+    "protocol": PROTOCOL.value,
+    "options": dataclasses.asdict(protocol),
+    "model": MODEL.value,
+    "split": SPLIT.value,
+    "seed": SEED.value,
+    "clip": CLIP.value or "its own",
+    "inception": INCEPTION.value,
+  }
+  return base.write(protocol.run(subject), out, head)
 
 
 def of_run() -> dict[str, Any]:

@@ -81,12 +81,19 @@ def load(path: str, mesh: jax.sharding.Mesh | None = None) -> Features:
     UserError: there is no such folder, or its task has no `features`.
   """
   model = upstream.load_model(path)
-  predict = model.task.predict_fns().get("features")
-  if predict is None:
+  if "features" not in model.task.predict_fns():
     raise errors.UserError(
       f"the model in {path} gives no features of pictures: take a converted"
       " Inception or a CLIP"
     )
+  return of(model, mesh)
+
+
+def of(
+  model: upstream.Loaded, mesh: jax.sharding.Mesh | None = None
+) -> Features:
+  """A network that is loaded, and whose task has `features`; as `load`."""
+  predict = model.task.predict_fns()["features"]
   mesh = mesh or partitioning.make_mesh({}, jax.devices()[:1])
   whole = partitioning.replicated(mesh)
   weights = jax.device_put((model.variables, model.frozen), whole)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip_jax import tensor_files
@@ -394,17 +395,28 @@ def typographic_attack(
   )
   pen.text((x, y), word, "black", font)
   z_i = _image_embed(pipe, [picture])
-  text_embed = _unit(_text_embed(pipe, labels))
+  output = decode(pipe, z_i.repeat(num_images, axis=0), seed=seed)
+  probabilities = classify(pipe, [picture], labels)[0]
+  return Attacked(picture, dict(zip(labels, probabilities.tolist())), output)
+
+
+def classify(
+  pipe: UnCLIPPipeline, images: Sequence[Picture], labels: Sequence[str]
+) -> np.ndarray:
+  """Between which captions the CLIP decides (Radford et al. 2021, 3.1).
+
+  Returns:
+    Probabilities [N, L], of each picture for each of the labels.
+  """
+  cosines = (
+    _unit(_image_embed(pipe, images)) @ _unit(_text_embed(pipe, labels)).T
+  )
   clip = pipe.parts["clip"]
   # Karlo's CLIP comes without its scale; OpenAI's ended at the largest one.
   largest = np.log(clip.task.max_logit_scale)
   logit_scale = clip.variables["params"].get("logit_scale", largest)
-  logit_scale = np.exp(np.asarray(tensor_files.loaded(logit_scale)))
-  logits = logit_scale * (_unit(z_i) @ text_embed.T)[0]
-  weights = np.exp(logits - logits.max())
-  output = decode(pipe, z_i.repeat(num_images, axis=0), seed=seed)
-  probabilities = dict(zip(labels, (weights / weights.sum()).tolist()))
-  return Attacked(picture, probabilities, output)
+  logits = np.exp(np.asarray(tensor_files.loaded(logit_scale))) * cosines
+  return scipy.special.softmax(logits, axis=-1)
 
 
 def three_decodings(

@@ -290,6 +290,7 @@ class UnCLIPPipeline:
   text_diff = manipulations.text_diff
   pca_reconstructions = manipulations.pca_reconstructions
   typographic_attack = manipulations.typographic_attack
+  classify = manipulations.classify
   three_decodings = manipulations.three_decodings
   image_to_image = manipulations.image_to_image
   inpaint = manipulations.inpaint
@@ -555,18 +556,25 @@ class UnCLIPPipeline:
     inputs = {k: batch[k] for k in names}
     return run(*weights, inputs, keys, arrays)
 
-  def predict_fns(self, seed: int = 0) -> dict[str, Predict]:
+  def predict_fns(
+    self, seed: int = 0, options: Mapping[str, Mapping[str, Any]] | None = None
+  ) -> dict[str, Predict]:
     """What evaluators may ask of the whole pipeline, by name.
 
     `embed`: normalised embeddings of `clip_image` and caption. `prior`: the
-    prior's draw beside the true embedding. `text_to_image`: pictures drawn
-    from the caption alone, with the options that the stages were saved with.
+    prior's draw beside the true embedding. `prior_loss`: its loss of each
+    example. `text_to_image`: pictures drawn from the caption alone.
+
+    Args:
+      options: stage -> options of its `sample`, in place of those that it was
+        saved with; stages that the model lacks are passed over.
     """
     clip = self.parts["clip"]
     embed = jax.jit(clip.task.predict_fns()["embed"])
     variables, _ = self.weights("clip")
     key = jax.random.key(seed)
-    stages: dict[str, dict[str, Any]] = {name: {} for name in self._stages}
+    options = options or {}
+    stages = {name: options.get(name, {}) for name in self._stages}
 
     def embed_fn(batch: Arrays) -> Arrays:
       inputs = {
@@ -589,19 +597,27 @@ class UnCLIPPipeline:
 
     predict_fns = {"embed": embed_fn, "text_to_image": text_to_image}
     if "prior" in self.parts:
-      predict_fns["prior"] = self._prior_predict_fn(key)
+      task = dataclasses.replace(
+        self.parts["prior"].task,
+        sample_options=self.options("prior", stages["prior"]),
+      )
+      fns = task.predict_fns()
+      predict_fns["prior"] = self._prior_predict_fn(fns["sample"], key)
+      predict_fns["prior_loss"] = self._prior_predict_fn(fns["loss"], key)
     return predict_fns
 
-  def _prior_predict_fn(self, key: jax.Array) -> Predict:
-    """The prior's draw for each row, by the row's own key."""
-    prior = self.parts["prior"]
-    sample = jax.jit(prior.task.predict_fns()["sample"])
+  def _prior_predict_fn(
+    self, predict_fn: tasks_base.PredictFn, key: jax.Array
+  ) -> Predict:
+    """One of the prior's, each row by its own key."""
+    jitted = jax.jit(predict_fn)
     weights = self.weights("prior")
+    names = ("clip_image", "text_tokens", "text_mask", "timesteps")
 
     def predict(batch: Arrays) -> Arrays:
-      inputs = {k: batch[k] for k in ("clip_image", "text_tokens", "text_mask")}
+      inputs = {k: batch[k] for k in names if k in batch}
       keys = _keys(key, jnp.asarray(batch["index"]))
-      return jax.device_get(sample(*weights, inputs, keys))
+      return jax.device_get(jitted(*weights, inputs, keys))
 
     return predict
 

@@ -1,0 +1,73 @@
+"""Does a model put together what it was asked for, and what it never saw?
+
+For every split and guidance scale the scores of metrics/scene.py, which reads
+drawn scenes of shapes back, and the spread of the pictures of one caption. Run
+it on unCLIP and on a decoder of captions alone, trained alike, to see what the
+CLIP embedding gives and what it loses (Ramesh et al. 2022, sections 5.3 and 7:
+guidance costs unCLIP less diversity; binding is its weakness).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from unclip_jax.evaluators import scenes
+from unclip_jax.protocols import base, diversity
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """Fields:
+  splits: of unclip_jax.data.shapes.
+  guidance_scales: of the decoder.
+  num_images: captions of a split, one picture each.
+  num_prompts, num_repeats: captions of the first split of which more
+    pictures are drawn, for the spread.
+  num_grid: examples shown.
+  """
+
+  splits: tuple[str, ...] = ("validation", "unseen_pairs", "unseen_bindings")
+  guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0)
+  num_images: int = 500
+  num_prompts: int = 50
+  num_repeats: int = 8
+  num_grid: int = 16
+
+  def run(self, subject: base.Subject) -> base.Result:
+    """A row for every split and scale: all scores with their chance levels,
+    `within` (protocols/diversity.py) in those of the first split."""
+    rows = []
+    grids = {}
+    evaluator = scenes.Evaluator(self.num_images, num_grid=self.num_grid)
+    for scale in self.guidance_scales:
+      options = dict(guidance_scale=scale)
+      for split in self.splits:
+        found = dict(
+          evaluator.run(
+            subject.predict("text_to_image", decoder=options),
+            subject.batches(self.num_images, split),
+            subject.info(split),
+          )
+        )
+        grids[f"{split}_guidance_{scale:g}"] = found.pop("grid")
+        row = {"split": split, "guidance_scale": scale, **found}
+        if split == self.splits[0]:
+          row["within"] = self._within(subject, options, split)
+        rows.append(row)
+    plots = (
+      base.Plot("guidance_scale", "object", "split"),
+      base.Plot("guidance_scale", "binding", "split"),
+      base.Plot("guidance_scale", "within"),
+    )
+    return base.Result(rows, {}, plots, grids)
+
+  def _within(self, subject: base.Subject, options: dict, split: str) -> float:
+    features = []
+    for i in range(self.num_repeats):
+      again = dataclasses.replace(subject, seed=subject.seed + i)
+      draw = again.predict("text_to_image", decoder=options)
+      found = again.look(draw, self.num_prompts, split=split)
+      features.append(found["features"])
+    return diversity.spread(np.stack(features, axis=1))["within"]
