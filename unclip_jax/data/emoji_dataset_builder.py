@@ -9,6 +9,7 @@ open a dataset, since it imports tensorflow_datasets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,9 +43,19 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "OpenMoji 17."}  # noqa: RUF012 (TFDS's interface)
 
+  attribution = ATTRIBUTION
   # Called with the number of pictures done after each; not part of the data.
   on_picture: Callable[[int], None] | None = None
   _done = 0
+
+  @functools.cached_property
+  def entries(self) -> tuple[emoji_catalogue.Entry, ...]:
+    """What is drawn."""
+    return chosen(self.builder_config.limit)
+
+  def svg(self, entry: emoji_catalogue.Entry) -> str:
+    """The picture of an entry."""
+    return emoji_catalogue.svg(entry.code_point)
 
   def _info(self) -> tfds.core.DatasetInfo:
     size = self.builder_config.image_size
@@ -86,7 +97,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
       "train": [],
       "validation": [],
     }
-    for entry in chosen(self.builder_config.limit):
+    for entry in self.entries:
       held_out = emoji_catalogue.holdout_fraction(entry.code_point) < 0.1
       sides["validation" if held_out else "train"].append(entry)
     return {
@@ -99,7 +110,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     self, entries: list[emoji_catalogue.Entry]
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in entries:
-      png = rasterise(entry.code_point, self.builder_config.image_size)
+      png = rasterise(self.svg(entry), self.builder_config.image_size)
       yield (
         entry.code_point,
         {
@@ -143,12 +154,12 @@ def chosen(limit: int | None) -> tuple[emoji_catalogue.Entry, ...]:
   return tuple(plain[int(p)] for p in positions)
 
 
-def rasterise(code_point: str, size: int) -> bytes:
-  """The picture on white as PNG, RGB, `size` x `size` pixels."""
+def rasterise(svg: str, size: int) -> bytes:
+  """A square picture on white as PNG, RGB, `size` x `size` pixels."""
   import resvg_py  # here, since reading a prepared dataset needs it not
 
   png = resvg_py.svg_to_bytes(
-    svg_string=emoji_catalogue.svg(code_point),
+    svg_string=svg,
     width=size,
     height=size,
     background="#ffffff",
