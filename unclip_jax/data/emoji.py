@@ -141,7 +141,7 @@ class Source:
     """All chosen records, in memory: 64 px pictures are 2 kB each."""
     rows = tfds_folder.read_rows(self.prepare())
     records = [self._record(row) for row in rows if self._keeps(row)]
-    return tuple(sorted(records, key=_order))
+    return tuple(sorted(records, key=self._order))
 
   def _record(self, row: dict[str, Any]) -> Record:
     return Record(
@@ -161,7 +161,12 @@ class Source:
       or (self.exclude_flags and group == "flags")
     )
 
+  def _order(self, record: Record) -> Any:
+    """What records are sorted by."""
+    # Not the hash of the split, which would put one side first.
+    return digest(f"order {record.code_point}")
 
-def _order(record: Record) -> bytes:
-  # Not the hash of the split, which would put one side first.
-  return hashlib.sha256(f"order {record.code_point}".encode()).digest()
+
+def digest(text: str) -> bytes:
+  """A hash to choose or mix by, the same for ever."""
+  return hashlib.sha256(text.encode()).digest()

@@ -57,29 +57,43 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """The picture of an entry."""
     return emoji_catalogue.svg(entry.code_point)
 
-  def _info(self) -> tfds.core.DatasetInfo:
+  def features(self) -> dict[str, Any]:
+    """What a row holds, by TFDS."""
     size = self.builder_config.image_size
     text = tfds.features.Text
+    return {
+      "image": tfds.features.Image(
+        shape=(size, size, 3), encoding_format="png"
+      ),
+      "code_point": text(),
+      "name": text(),
+      "group": text(),
+      "captions": tfds.features.Sequence(text()),
+      "skin_tone": np.bool_,
+      "subdivision_flag": np.bool_,
+      "flippable": np.bool_,
+    }
+
+  def row(self, entry: emoji_catalogue.Entry) -> dict[str, Any]:
+    """An entry's row but for the picture; `code_point` is its key."""
+    return {
+      "code_point": entry.code_point,
+      "name": entry.name,
+      "group": entry.group,
+      "captions": list(entry.captions),
+      "skin_tone": entry.skin_tone,
+      "subdivision_flag": entry.subdivision_flag,
+      "flippable": entry.flippable,
+    }
+
+  def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
       description=(
         "The colour pictures of OpenMoji on white, with English captions made"
         f" from their CLDR names. {ATTRIBUTION}"
       ),
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(
-            shape=(size, size, 3), encoding_format="png"
-          ),
-          "code_point": text(),
-          "name": text(),
-          "group": text(),
-          "captions": tfds.features.Sequence(text()),
-          "skin_tone": np.bool_,
-          "subdivision_flag": np.bool_,
-          "flippable": np.bool_,
-        }
-      ),
+      features=tfds.features.FeaturesDict(self.features()),
       homepage=HOMEPAGE,
       license=LICENSE,
       citation=ATTRIBUTION,
@@ -111,20 +125,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in entries:
       png = rasterise(self.svg(entry), self.builder_config.image_size)
-      yield (
-        entry.code_point,
-        {
-          # Encoded, since TFDS encodes arrays with TensorFlow.
-          "image": io.BytesIO(png),
-          "code_point": entry.code_point,
-          "name": entry.name,
-          "group": entry.group,
-          "captions": list(entry.captions),
-          "skin_tone": entry.skin_tone,
-          "subdivision_flag": entry.subdivision_flag,
-          "flippable": entry.flippable,
-        },
-      )
+      row = self.row(entry)
+      # Encoded, since TFDS encodes arrays with TensorFlow.
+      yield row["code_point"], {"image": io.BytesIO(png), **row}
       self._done += 1
       if self.on_picture is not None:
         self.on_picture(self._done)
@@ -134,14 +137,21 @@ def make(
   data_dir: str, image_size: int, limit: int | None = None
 ) -> tfds.core.DatasetBuilder:
   """The builder of one size; `limit` is part of the dataset's name."""
-  name = f"{image_size}px" + ("" if limit is None else f"_limit{limit}")
-  config = Config(
-    name=name,
+  return Builder(
+    data_dir=data_dir,
+    config=config(image_size, limit),
+    file_format="array_record",
+  )
+
+
+def config(image_size: int, limit: int | None) -> Config:
+  """The named configuration of a size and limit."""
+  return Config(
+    name=f"{image_size}px" + ("" if limit is None else f"_limit{limit}"),
     description=f"{image_size} x {image_size} pixels",
     image_size=image_size,
     limit=limit,
   )
-  return Builder(data_dir=data_dir, config=config, file_format="array_record")
 
 
 def chosen(limit: int | None) -> tuple[emoji_catalogue.Entry, ...]:
