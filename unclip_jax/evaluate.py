@@ -19,8 +19,8 @@ from unclip_jax.utils import programs
 
 MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
 OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
-SPLIT = flags.DEFINE_enum(
-  "split", "train", ["train", "validation"], "Which captions and pictures."
+SPLIT = flags.DEFINE_string(
+  "split", "train", "Which captions and pictures, of the data's splits."
 )
 NUM_EMBEDS = flags.DEFINE_integer(
   "num_embeds", 500, "Examples for retrieval and for the prior.", 2

@@ -90,8 +90,8 @@ class Source:
     records = [r for r in self._selected if split in ("all", self._split_of(r))]
     if not records:
       raise UserError(
-        f"the split {split!r} of the dataset is empty: change"
-        " config.data.source.holdout, groups or exclude_flags"
+        f"the split {split!r} of the dataset is empty: change what"
+        " config.data.source holds out (holdout*) or chooses (groups, ...)"
       )
     return records
 
