@@ -18,14 +18,17 @@ from unclip_jax.utils.errors import UserError
 CHARS = {
   "noto": {"1f438": "frog", "1f43b-200d-2744": "polar-bear"},
   "twemoji": {"1f438": "frog", "1f41c": "ant"},
-  "fluent": {"1f438": "frog"},
+  "fluent": {"1f438": "frog", "1f41c": "ant"},
   "fxemoji": {"1F438": "frog", "1F42B": "bactriancamel"},
 }
 ICONS = {
   "twemoji": {
     "ant": {"body": '<path fill="#c81e1e" d="M0 0h16v8H0z"/>', "height": 8}
   },
-  "fluent": {"old-frog": {"body": "", "hidden": True}},
+  "fluent": {
+    "ant": {"body": '<path fill="#c81e1e" d="M0 0h8v16H0z"/>', "width": 8},
+    "old-frog": {"body": "", "hidden": True},
+  },
   "fxemoji": {"foxgrin": {"body": ""}},
 }
 
@@ -65,9 +68,10 @@ def test_clear_parts_become_white(npm_dir):
     assert picture[8, 8].argmax() == channel
 
 
-def test_oblong_icons_are_not_stretched(npm_dir):
-  ant = pixels(sets(npm_dir)["twemoji"].svgs["1F41C"])
-  is_red = ant[..., 1] < 128
+@pytest.mark.parametrize("style, axis", [("twemoji", 0), ("fluent", 1)])
+def test_oblong_icons_are_not_stretched(style, axis, npm_dir):
+  ant = pixels(sets(npm_dir)[style].svgs["1F41C"])
+  is_red = np.moveaxis(ant[..., 1] < 128, axis, 0)
   assert is_red[4:12].all() and not is_red[:4].any() and not is_red[12:].any()
 
 
