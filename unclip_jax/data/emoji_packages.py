@@ -101,6 +101,13 @@ PACKAGES = (
 )
 STYLES = ("openmoji", *(package.style for package in PACKAGES))
 
+_OR = (
+  "or run `npm pack "
+  + " ".join(package.spec for package in PACKAGES)
+  + "` elsewhere and name the folder with the four files as npm_dir"
+)
+_ONLINE = f"try again when online, {_OR}"
+
 # Slug and code points, where the name would not tell or mislead.
 _FX_CODE_POINTS = """
 2hearts 1F495 acorn 1F330 americasglobe 1F30E anguish 1F627
@@ -215,6 +222,7 @@ def _npm_pack(folder: str) -> None:
   npm = shutil.which("npm")
   if npm is None:
     raise UserError(f"there is no npm to fetch emoji with: install it, {_OR}")
+  # By itself npm tries for minutes to reach a network that is not there.
   command = [npm, "pack", "--ignore-scripts", "--fetch-retries=1"]
   try:
     done = subprocess.run(
@@ -230,14 +238,6 @@ def _npm_pack(folder: str) -> None:
     errors = re.findall(r"npm (?:error|ERR!) (.*)", done.stderr)
     reason = " ".join(" ".join(errors[:2]).split())[:200]
     raise UserError(f"npm could not fetch the emoji ({reason}): {_ONLINE}")
-
-
-_OR = (
-  "or run `npm pack "
-  + " ".join(package.spec for package in PACKAGES)
-  + "` elsewhere and name the folder with the four files as npm_dir"
-)
-_ONLINE = f"try again when online, {_OR}"
 
 
 def _read(package: Package, folder: str) -> IconSet:
