@@ -22,7 +22,8 @@ CONFIGS = sorted(
 )
 
 
-SMALL = ("emoji", "shapes")  # folders whose configs have a `:quick`
+# Folders whose configs have a `:quick`.
+SMALL = ("emoji", "emoji_styles", "shapes")
 # These train a given model on; without one there are `:smoke` and `:scratch`.
 TRAINING_ON = [x for x in CONFIGS if "/karlo/" in x or x == "configs/lora.py"]
 
@@ -35,7 +36,8 @@ def test_the_configs_are_found():
 
 def upstream(path, name, size):
   """The config of an upstream model that a config at `path` fits on."""
-  folder = "shapes" if "/shapes/" in path else "emoji"
+  folder = path.split("/")[1]
+  folder = folder if folder in SMALL else "emoji"
   return config_lib.load(str(ROOT / f"configs/{folder}/{name}.py") + size)
 
 
@@ -82,7 +84,11 @@ def check_default_rules(params):
 
 
 # Variants of the emoji's configs, which are run.
-VARIANTS = [x for x in CONFIGS if "/ablations/" in x or "/karlo/" in x]
+VARIANTS = [
+  x
+  for x in CONFIGS
+  if x.split("/")[1] in ("ablations", "emoji_styles", "karlo")
+]
 
 
 @pytest.mark.parametrize("path", VARIANTS)

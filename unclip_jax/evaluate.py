@@ -44,7 +44,7 @@ MODEL = flags.DEFINE_string("model", None, "Model folder.")
 RUN = flags.DEFINE_string("run", None, "Run folder, or one part of a model.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
 SPLIT = flags.DEFINE_string(
-  "split", "train", "Of --model: which captions and pictures."
+  "split", "train", "Of --model: a split of its data, which gives captions."
 )
 PROTOCOL = flags.DEFINE_string(
   "protocol", None, "Of --model: a module of unclip_jax/protocols."

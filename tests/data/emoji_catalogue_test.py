@@ -96,6 +96,24 @@ def test_captions_begin_with_the_canonical_one():
 
 
 @pytest.mark.parametrize(
+  ("name", "style", "first"),
+  [
+    ("owl", "noto", "a noto style owl"),
+    ("frog", "openmoji", "an openmoji style frog"),
+    ("frog", "fxemoji", "an fxemoji style frog"),
+    ("grapes", "noto", "noto style grapes"),
+    ("sun with face", "fluent", "the fluent style sun with face"),
+  ],
+)
+def test_captions_of_styles_name_object_and_style(name, style, first):
+  captions = emoji_catalogue.style_captions(name, style)
+  noun = emoji_catalogue.with_article(name)
+  assert captions[:2] == (first, f"{noun} in {style} style")
+  assert len(set(captions)) == 6
+  assert all(name in c and style in c.split(",")[-1] for c in captions)
+
+
+@pytest.mark.parametrize(
   ("name", "noun"),
   [
     ("owl", "an owl"),
@@ -133,6 +151,15 @@ def test_nothing_handed_or_lettered_is_flippable(entries):
     "three o'clock", "hundred points", "stop sign", "first quarter moon",
     "keycap 1", "flag of Germany", "person running", "A button (blood type)",
   }  # fmt: skip
+
+
+def test_spellings_of_a_picture_are_one():
+  assert emoji_catalogue.spelling("1F43B-200D-2744-FE0F") == (
+    emoji_catalogue.spelling("1F43B-200D-2744")
+  )
+  assert emoji_catalogue.spelling("1F44B-1F3FB") == "1F44B-1F3FB"
+  assert emoji_catalogue.base("1F44B-1F3FB") == "1F44B"
+  assert emoji_catalogue.base("1F3FB") == "1F3FB"  # the swatch itself
 
 
 def test_holdout_is_about_its_percentage_and_ignores_skin_tones(entries):

@@ -7,7 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from unclip_jax.data import emoji, emoji_dataset_builder, preprocess
+from unclip_jax.data import (
+  emoji,
+  emoji_catalogue,
+  emoji_dataset_builder,
+  preprocess,
+)
 from unclip_jax.utils.errors import UserError
 
 
@@ -30,7 +35,8 @@ def test_records_are_complete_and_mixed(emoji_source):
 
 
 def test_the_picture_is_the_right_one_on_white():
-  png = emoji_dataset_builder.rasterise("1F438", 48)
+  svg = emoji_catalogue.svg("1F438")
+  png = emoji_dataset_builder.rasterise(svg, 48)
   frog = np.asarray(preprocess.decode(png, name="frog")).astype(int)
   assert (frog[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
   red, green, blue = frog[20:30, 20:30].mean((0, 1))
@@ -118,11 +124,11 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
   rasterise = emoji_dataset_builder.rasterise
   calls = []
 
-  def fails_later(code_point, size):
-    calls.append(code_point)
+  def fails_later(svg, size):
+    calls.append(svg)
     if len(calls) == 3:
       raise OSError("no space left on device")
-    return rasterise(code_point, size)
+    return rasterise(svg, size)
 
   with monkeypatch.context() as patch:
     patch.setattr(emoji_dataset_builder, "rasterise", fails_later)
@@ -138,9 +144,9 @@ def test_two_at_once_prepare_once(tmp_path, monkeypatch):
   rasterise = emoji_dataset_builder.rasterise
   calls = []
 
-  def counted(code_point, size):
-    calls.append(code_point)
-    return rasterise(code_point, size)
+  def counted(svg, size):
+    calls.append(svg)
+    return rasterise(svg, size)
 
   monkeypatch.setattr(emoji_dataset_builder, "rasterise", counted)
   folders = []

@@ -15,30 +15,21 @@ damaged one may be deleted.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import io
 import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from absl import logging
 
-from unclip_jax.data import emoji_catalogue, source, tokenizers
+from unclip_jax.data import emoji_catalogue, source, tfds_folder, tokenizers
 from unclip_jax.data.source import Record
 from unclip_jax.utils import progress as progress_lib
 from unclip_jax.utils.errors import UserError
 
 VOCAB_SIZE = 1024
-_PART = ".part-"
-# What _quiet_tfds switches belongs to the process: one thread at a time.
-_QUIET = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +57,8 @@ class Source:
   holdout: float = 10.0
   limit: int | None = None
 
+  splits: ClassVar[tuple[str, ...]] = source.SPLITS
+
   def __post_init__(self):
     where = "config.data.source"
     unknown = set(self.groups or ()) - set(emoji_catalogue.GROUPS)
@@ -90,15 +83,15 @@ class Source:
     Raises:
       UserError: no such split, nothing in it, or damaged files.
     """
-    if split not in source.SPLITS:
+    if split not in self.splits:
       raise UserError(
-        f"there is no split {split!r}; there are {', '.join(source.SPLITS)}"
+        f"there is no split {split!r}; there are {', '.join(self.splits)}"
       )
-    records = [r for r in self._selected if self._in_split(r, split)]
+    records = [r for r in self._selected if split in ("all", self._split_of(r))]
     if not records:
       raise UserError(
-        f"the split {split!r} of the emoji dataset is empty: change"
-        " config.data.source.holdout, groups or exclude_flags"
+        f"the split {split!r} of the dataset is empty: change what"
+        " config.data.source holds out (holdout*) or chooses (groups, ...)"
       )
     return records
 
@@ -109,75 +102,56 @@ class Source:
   def prepare(self) -> str:
     """Rasterises and stores the dataset unless it is there.
 
-    Of several processes one prepares and the others wait for it. The folder
-    appears whole or not at all.
-
     Returns:
       The dataset's folder.
     """
-    data_dir = os.path.abspath(self.data_dir or source.default_data_dir())
-    folder = str(self._builder(data_dir).data_path)
-    if not os.path.isdir(folder):
-      with _lock(data_dir):
-        if not os.path.isdir(folder):  # no other process was faster
-          self._prepare(data_dir, folder)
-    return folder
-
-  def _prepare(self, data_dir: str, folder: str) -> None:
-    from unclip_jax.data import emoji_dataset_builder as builder_lib
-
-    logging.info(
-      "preparing the emoji dataset at %d px (once); %s",
-      self.image_size,
-      builder_lib.ATTRIBUTION,
-    )
-    entries = builder_lib.chosen(self.limit)
-    part = tempfile.mkdtemp(prefix=_PART, dir=data_dir)
-    try:
-      builder = self._builder(part)
-      with progress_lib.Progress("emoji dataset", len(entries)) as progress:
-        builder.on_picture = progress.update
-        with _quiet_tfds():
-          builder.download_and_prepare()
-      tokenizers.train(
-        [caption for entry in entries for caption in entry.captions],
-        VOCAB_SIZE,
-        os.path.join(builder.data_path, tokenizers.SENTENCEPIECE_FILE),
-      )
-      os.makedirs(os.path.dirname(folder), exist_ok=True)
-      os.rename(builder.data_path, folder)
-    finally:
-      shutil.rmtree(part, ignore_errors=True)
-    logging.info("the emoji dataset is in %s", folder)
+    return tfds_folder.prepare(self._builder, self._build, self.data_dir)
 
   def _builder(self, data_dir: str) -> Any:
     from unclip_jax.data import emoji_dataset_builder as builder_lib
 
-    with _quiet_tfds():
+    with tfds_folder.quiet():
       return builder_lib.make(data_dir, self.image_size, self.limit)
 
-  def _in_split(self, record: Record, split: str) -> bool:
+  def _build(self, builder: Any) -> None:
+    entries = builder.entries
+    logging.info(
+      "preparing the %s dataset at %d px (once); %s",
+      builder.name,
+      self.image_size,
+      builder.attribution,
+    )
+    title = f"{builder.name} dataset"
+    with progress_lib.Progress(title, len(entries)) as progress:
+      builder.on_picture = progress.update
+      with tfds_folder.quiet():
+        builder.download_and_prepare()
+    tokenizers.train(
+      [caption for entry in entries for caption in entry.captions],
+      VOCAB_SIZE,
+      os.path.join(builder.data_path, tokenizers.SENTENCEPIECE_FILE),
+    )
+
+  def _split_of(self, record: Record) -> str:
     fraction = emoji_catalogue.holdout_fraction(record.code_point)
-    held_out = fraction < self.holdout / 100
-    return split == "all" or held_out == (split == "validation")
+    return "validation" if fraction < self.holdout / 100 else "train"
 
   @functools.cached_property
   def _selected(self) -> tuple[Record, ...]:
     """All chosen records, in memory: 64 px pictures are 2 kB each."""
-    rows = _read_rows(self.prepare())
-    records = [
-      Record(
-        image=row["image"],
-        code_point=row["code_point"].decode(),
-        name=row["name"].decode(),
-        group=row["group"].decode(),
-        captions=tuple(caption.decode() for caption in row["captions"]),
-        flippable=bool(row["flippable"]),
-      )
-      for row in rows
-      if self._keeps(row)
-    ]
-    return tuple(sorted(records, key=_order))
+    rows = tfds_folder.read_rows(self.prepare())
+    records = [self._record(row) for row in rows if self._keeps(row)]
+    return tuple(sorted(records, key=self._order))
+
+  def _record(self, row: dict[str, Any]) -> Record:
+    return Record(
+      image=row["image"],
+      code_point=row["code_point"].decode(),
+      name=row["name"].decode(),
+      group=row["group"].decode(),
+      captions=tuple(caption.decode() for caption in row["captions"]),
+      flippable=bool(row["flippable"]),
+    )
 
   def _keeps(self, row: dict[str, Any]) -> bool:
     group = row["group"].decode()
@@ -187,76 +161,12 @@ class Source:
       or (self.exclude_flags and group == "flags")
     )
 
-
-def _order(record: Record) -> bytes:
-  # Not the hash of the split, which would put one side first.
-  return hashlib.sha256(f"order {record.code_point}".encode()).digest()
-
-
-def _read_rows(folder: str) -> list[dict[str, Any]]:
-  """Every record of a prepared dataset, pictures still encoded.
-
-  ArrayRecord says nothing when a shard is truncated and TFDS only when a
-  record is read, so all are read here, before any work starts.
-  """
-  import tensorflow_datasets as tfds
-
-  rows: list[dict[str, Any]] = []
-  try:
-    builder = tfds.builder_from_directory(folder)
-    expected = sum(s.num_examples for s in builder.info.splits.values())
-    for split in builder.info.splits:
-      records = builder.as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()}
-      )
-      rows += records.__getitems__(range(len(records)))
-  except Exception as e:  # whatever the readers raise on damaged files
-    reason = " ".join(str(e).split())[:200] or type(e).__name__
-    raise UserError(f"{_damaged(folder)} ({reason})") from e
-  if not rows or len(rows) != expected:
-    raise UserError(f"{_damaged(folder)} ({len(rows)} of {expected} records)")
-  return rows
+  def _order(self, record: Record) -> Any:
+    """What records are sorted by."""
+    # Not the hash of the split, which would put one side first.
+    return digest(f"order {record.code_point}")
 
 
-def _damaged(folder: str) -> str:
-  return (
-    f"the dataset in {folder} is damaged: delete that folder, and the next run"
-    " prepares it again"
-  )
-
-
-@contextlib.contextmanager
-def _lock(data_dir: str) -> Iterator[None]:
-  """Holds the folder's lock; the system frees it when a process dies."""
-  try:
-    os.makedirs(data_dir, exist_ok=True)
-    file = open(os.path.join(data_dir, ".lock"), "w")  # noqa: SIM115
-  except OSError as e:
-    raise UserError(
-      f"cannot write datasets to {data_dir} ({e.strerror}): set UNCLIP_DATA_DIR"
-      " to a folder that you may write to"
-    ) from e
-  with file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    # What a killed preparation left behind.
-    for name in os.listdir(data_dir):
-      if name.startswith(_PART):
-        shutil.rmtree(os.path.join(data_dir, name), ignore_errors=True)
-    yield
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-  """Without TFDS's bars, its prints and its warning about custom configs."""
-  import tensorflow_datasets as tfds
-
-  with _QUIET:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-      with contextlib.redirect_stdout(io.StringIO()):
-        yield
-    finally:
-      tfds.enable_progress_bar()
-      logging.set_verbosity(verbosity)
+def digest(text: str) -> bytes:
+  """A hash to choose or mix by, the same for ever."""
+  return hashlib.sha256(text.encode()).digest()

@@ -147,7 +147,9 @@ _HEAD_END = re.compile(
 )
 # "a unicorn", "an hourglass": where spelling and sound differ.
 _SOUNDS_CONSONANT = re.compile(r"(uni|one\b|one-|ewe|euro|uku|united)", re.I)
-_SOUNDS_VOWEL = re.compile(r"(hour|heir|honest|x-ray|NG |SOS |[aeiou])", re.I)
+_SOUNDS_VOWEL = re.compile(
+  r"(hour|heir|honest|x-ray|fxemoji|NG |SOS |[aeiou])", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +232,28 @@ def captions(name: str) -> tuple[str, ...]:
   return tuple(dict.fromkeys(phrasings))
 
 
+def style_captions(name: str, style: str) -> tuple[str, ...]:
+  """Phrasings that name the style too, the canonical one first.
+
+  >>> style_captions("owl", "noto")
+  ('a noto style owl', 'an owl in noto style',
+   'an emoji of an owl in noto style', 'a drawing of an owl, noto style',
+   'a picture of an owl as noto draws it', 'a noto emoji of an owl')
+  """
+  noun = with_article(name)
+  article = noun.removesuffix(name).strip()
+  if article in ("a", "an"):
+    article = _a_or_an(style)
+  return (
+    f"{article} {style} style {name}".strip(),
+    f"{noun} in {style} style",
+    f"an emoji of {noun} in {style} style",
+    f"a drawing of {noun}, {style} style",
+    f"a picture of {noun} as {style} draws it",
+    f"{_a_or_an(style)} {style} emoji of {noun}",
+  )
+
+
 def with_article(name: str) -> str:
   """ "a frog", "an ant", "the sun", "grapes", "cooked rice"."""
   plain = name.partition(":")[0]  # "waving hand: light skin tone"
@@ -259,8 +283,22 @@ def holdout_fraction(code_point: str) -> float:
   Skin tones do not count, so that all variants of a picture fall on the same
   side of the split.
   """
+  return fraction(base(code_point))
+
+
+def base(code_point: str) -> str:
+  """The same for all skin tones and spellings of a picture."""
   parts = [p for p in code_point.split("-") if int(p, 16) not in _SKIN_TONES]
-  key = "-".join(p for p in parts if p != "FE0F") or code_point
+  return spelling("-".join(parts)) or code_point
+
+
+def spelling(code_point: str) -> str:
+  """Without variation selectors, of which every source has its own opinion."""
+  return "-".join(p for p in code_point.split("-") if p != "FE0F")
+
+
+def fraction(key: str) -> float:
+  """A hash of the key as a number in [0, 1)."""
   digest = hashlib.sha256(key.encode("ascii")).digest()
   return int.from_bytes(digest[:4], "big") / 2**32
 

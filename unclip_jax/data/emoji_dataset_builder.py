@@ -9,6 +9,7 @@ open a dataset, since it imports tensorflow_datasets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,33 +43,57 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "OpenMoji 17."}  # noqa: RUF012 (TFDS's interface)
 
+  attribution = ATTRIBUTION
   # Called with the number of pictures done after each; not part of the data.
   on_picture: Callable[[int], None] | None = None
   _done = 0
 
-  def _info(self) -> tfds.core.DatasetInfo:
+  @functools.cached_property
+  def entries(self) -> tuple[emoji_catalogue.Entry, ...]:
+    """What is drawn."""
+    return chosen(self.builder_config.limit)
+
+  def svg(self, entry: emoji_catalogue.Entry) -> str:
+    """The picture of an entry."""
+    return emoji_catalogue.svg(entry.code_point)
+
+  def features(self) -> dict[str, Any]:
+    """What a row holds, by TFDS."""
     size = self.builder_config.image_size
     text = tfds.features.Text
+    return {
+      "image": tfds.features.Image(
+        shape=(size, size, 3), encoding_format="png"
+      ),
+      "code_point": text(),
+      "name": text(),
+      "group": text(),
+      "captions": tfds.features.Sequence(text()),
+      "skin_tone": np.bool_,
+      "subdivision_flag": np.bool_,
+      "flippable": np.bool_,
+    }
+
+  def row(self, entry: emoji_catalogue.Entry) -> dict[str, Any]:
+    """An entry's row but for the picture; `code_point` is its key."""
+    return {
+      "code_point": entry.code_point,
+      "name": entry.name,
+      "group": entry.group,
+      "captions": list(entry.captions),
+      "skin_tone": entry.skin_tone,
+      "subdivision_flag": entry.subdivision_flag,
+      "flippable": entry.flippable,
+    }
+
+  def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
       description=(
         "The colour pictures of OpenMoji on white, with English captions made"
         f" from their CLDR names. {ATTRIBUTION}"
       ),
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(
-            shape=(size, size, 3), encoding_format="png"
-          ),
-          "code_point": text(),
-          "name": text(),
-          "group": text(),
-          "captions": tfds.features.Sequence(text()),
-          "skin_tone": np.bool_,
-          "subdivision_flag": np.bool_,
-          "flippable": np.bool_,
-        }
-      ),
+      features=tfds.features.FeaturesDict(self.features()),
       homepage=HOMEPAGE,
       license=LICENSE,
       citation=ATTRIBUTION,
@@ -86,7 +111,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
       "train": [],
       "validation": [],
     }
-    for entry in chosen(self.builder_config.limit):
+    for entry in self.entries:
       held_out = emoji_catalogue.holdout_fraction(entry.code_point) < 0.1
       sides["validation" if held_out else "train"].append(entry)
     return {
@@ -99,21 +124,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     self, entries: list[emoji_catalogue.Entry]
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in entries:
-      png = rasterise(entry.code_point, self.builder_config.image_size)
-      yield (
-        entry.code_point,
-        {
-          # Encoded, since TFDS encodes arrays with TensorFlow.
-          "image": io.BytesIO(png),
-          "code_point": entry.code_point,
-          "name": entry.name,
-          "group": entry.group,
-          "captions": list(entry.captions),
-          "skin_tone": entry.skin_tone,
-          "subdivision_flag": entry.subdivision_flag,
-          "flippable": entry.flippable,
-        },
-      )
+      png = rasterise(self.svg(entry), self.builder_config.image_size)
+      row = self.row(entry)
+      # Encoded, since TFDS encodes arrays with TensorFlow.
+      yield row["code_point"], {"image": io.BytesIO(png), **row}
       self._done += 1
       if self.on_picture is not None:
         self.on_picture(self._done)
@@ -123,14 +137,21 @@ def make(
   data_dir: str, image_size: int, limit: int | None = None
 ) -> tfds.core.DatasetBuilder:
   """The builder of one size; `limit` is part of the dataset's name."""
-  name = f"{image_size}px" + ("" if limit is None else f"_limit{limit}")
-  config = Config(
-    name=name,
+  return Builder(
+    data_dir=data_dir,
+    config=config(image_size, limit),
+    file_format="array_record",
+  )
+
+
+def config(image_size: int, limit: int | None) -> Config:
+  """The named configuration of a size and limit."""
+  return Config(
+    name=f"{image_size}px" + ("" if limit is None else f"_limit{limit}"),
     description=f"{image_size} x {image_size} pixels",
     image_size=image_size,
     limit=limit,
   )
-  return Builder(data_dir=data_dir, config=config, file_format="array_record")
 
 
 def chosen(limit: int | None) -> tuple[emoji_catalogue.Entry, ...]:
@@ -143,12 +164,12 @@ def chosen(limit: int | None) -> tuple[emoji_catalogue.Entry, ...]:
   return tuple(plain[int(p)] for p in positions)
 
 
-def rasterise(code_point: str, size: int) -> bytes:
-  """The picture on white as PNG, RGB, `size` x `size` pixels."""
+def rasterise(svg: str, size: int) -> bytes:
+  """A square picture on white as PNG, RGB, `size` x `size` pixels."""
   import resvg_py  # here, since reading a prepared dataset needs it not
 
   png = resvg_py.svg_to_bytes(
-    svg_string=emoji_catalogue.svg(code_point),
+    svg_string=svg,
     width=size,
     height=size,
     background="#ffffff",
