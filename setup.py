@@ -25,6 +25,7 @@ INSTALL_REQUIRES = [
   "importlib_resources",
   # 0.10.2 is the last for Python 3.11.
   "jax>=0.10,<0.13",
+  "matplotlib>=3.9",
   "ml-collections>=1.1",
   "ml-dtypes>=0.5",
   "numpy>=2",
@@ -67,7 +68,6 @@ EXTRAS_REQUIRE = {
     "hypothesis",
     "ipykernel",
     "jupytext",
-    "matplotlib",
     "nbmake",
     "packaging",
     "pre-commit",

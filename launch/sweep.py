@@ -284,14 +284,10 @@ def plot(
   """Draws (step, value) curves, one a run.
 
   Raises:
-    UserError: there is nothing to draw, or matplotlib is missing.
+    UserError: there is nothing to draw.
   """
-  try:
-    import matplotlib.figure
-  except ImportError as e:
-    raise UserError(
-      "the curves need matplotlib: pip install matplotlib, then --gather_only"
-    ) from e
+  import matplotlib.figure  # a second, which starting runs need not wait for
+
   if not curves:
     raise UserError(f"no run has the metric {metric!r}: choose a --curve")
   # The legend stands above, a line a run: names are long.

@@ -620,16 +620,3 @@ def test_gather_takes_what_there_is(sweep):
   assert not (sweep.out / "a=3").exists()
   line = error_of(sweep(["add(a=1)"], "--gather_only", "--curve=x"))
   assert "'x'" in line and "--curve" in line
-
-
-def test_missing_matplotlib_is_said_after_the_table(sweep, tmp_path):
-  finish(sweep.out / "base")
-  (sweep.out / "base" / "metrics.jsonl").write_text('{"step": 2}\n')
-  (tmp_path / "fake" / "matplotlib").mkdir(parents=True)
-  (tmp_path / "fake" / "matplotlib" / "__init__.py").write_text(
-    "raise ImportError"
-  )
-  paths = f"{tmp_path}/fake{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-  process = sweep(["add()"], "--gather_only", PYTHONPATH=paths)
-  assert "pip install matplotlib" in error_of(process)
-  assert (sweep.out / "sweep.csv").exists()

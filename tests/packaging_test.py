@@ -112,9 +112,8 @@ PEERS = {"dalle2_pytorch", "open_clip", "torchvision"}
   [
     ("unclip_jax", ("tpu", "gpu", "tf", "interop", "demo")),
     ("configs", ()),
-    # Comparing with foreign implementations is for who has them installed;
-    # of the extra dev, matplotlib plots.
-    ("launch", ("interop", "dev")),
+    # Comparing with foreign implementations is for who has them installed.
+    ("launch", ("interop",)),
     ("tests", ("dev", "interop")),
   ],
 )

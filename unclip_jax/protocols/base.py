@@ -220,11 +220,9 @@ def _cell(value: float | str | None) -> str:
 
 
 def draw(rows: Sequence[Row], plot: Plot, path: pathlib.Path) -> bool:
-  """Draws a plot; False where no row has both numbers, or no matplotlib is."""
-  try:
-    import matplotlib.figure
-  except ImportError:
-    return False
+  """Draws a plot; False where no row has both numbers."""
+  import matplotlib.figure  # a second, which other programs need not wait for
+
   rows = [row for row in rows if plot.x in row and plot.y in row]
   if not rows:
     return False
