@@ -1,6 +1,8 @@
 """One example: resizing, crops, flips, captions, damaged pictures."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -317,3 +319,24 @@ def test_damaged_pictures_are_one_line():
 def test_wrong_fields(fields, message):
   with pytest.raises(UserError, match=message):
     Preprocess(image_size=64, **fields)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGB"])
+def test_16_bits_keep_their_upper_half(mode):
+  ramp = (np.arange(256, dtype=np.uint16) * 257)[None]
+  file = io.BytesIO()
+  Image.fromarray(ramp).save(file, "PNG")
+  encoded = file.getvalue()
+  if mode == "RGB":  # which Pillow reads, but does not write
+    header = struct.pack(">IIBBBBB", 256, 1, 16, 2, 0, 0, 0)
+    rows = b"\0" + np.repeat(ramp.astype(">u2"), 3).tobytes()
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    encoded = b"\x89PNG\r\n\x1a\n" + b"".join(
+      struct.pack(">I", len(data))
+      + name
+      + data
+      + struct.pack(">I", zlib.crc32(name + data))
+      for name, data in chunks
+    )
+  pixels = np.asarray(decode(encoded, name="deep"))
+  np.testing.assert_array_equal(pixels[0, :, 0], np.arange(256))

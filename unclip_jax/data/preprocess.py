@@ -16,21 +16,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unclip_jax.data import degradations
-from unclip_jax.data.source import Record
+from unclip_jax.data.source import BrokenRecord, Record
 from unclip_jax.utils.errors import UserError
 
 # Pillow itself only warns below 179 megapixels, which is a gigabyte decoded.
 _MAX_PIXELS = 16_000_000
 _MAX_ASPECT = 16
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# Reasons of BrokenRecord.
+BROKEN = "broken picture"
+TOO_LARGE = "over 16 megapixels"
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow raises of files that are not whole.
-_DAMAGED = (
-  OSError,
-  ValueError,
-  SyntaxError,
-  Image.DecompressionBombError,
-  Image.DecompressionBombWarning,
-)
+_DAMAGED = (OSError, ValueError, SyntaxError, *_BOMB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ class Preprocess:
       image, clip_image, low_res (those that there are), uint8 [S, S, 3].
 
     Raises:
-      UserError: the picture cannot be decoded.
+      BrokenRecord: the picture cannot be decoded.
     """
     picture = decode(record.image, name=record.code_point)
     sizes = self._sizes()
@@ -237,16 +235,19 @@ def decode(encoded: bytes, *, name: str) -> Image.Image:
     An RGB picture.
 
   Raises:
-    UserError: it is damaged, too large, or of another format.
+    BrokenRecord: it is damaged, too large, or of another format.
   """
   picture = open_picture(io.BytesIO(encoded), name=name)
   try:
     picture.load()
   except _DAMAGED as e:
-    raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+    raise _broken(name, e) from e
   # Whatever junk in EXIF data raises: the picture then stays as it lies.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(picture, in_place=True)
+  if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+    high = np.asarray(picture) >> 8
+    picture = Image.fromarray(high.astype(np.uint8))
   if picture.has_transparency_data:
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -262,20 +263,29 @@ def open_picture(file: IO[bytes], *, name: str) -> Image.Image:
     name: what messages call it.
 
   Raises:
-    UserError: it is damaged, of more than 16 megapixels, or of another format.
+    BrokenRecord: it is damaged, of more than 16 megapixels, or of another
+      format.
   """
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", Image.DecompressionBombWarning)
       picture = Image.open(file, formats=_FORMATS)
   except _DAMAGED as e:
-    raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+    raise _broken(name, e) from e
   if picture.width * picture.height > _MAX_PIXELS:
-    raise UserError(
+    raise BrokenRecord(
+      TOO_LARGE,
       f"the picture {name!r} has {picture.width} x {picture.height} pixels,"
-      f" more than {_MAX_PIXELS}: scale it down first"
+      f" more than {_MAX_PIXELS}: scale it down first",
     )
   return picture
+
+
+def _broken(name: str, error: Exception) -> BrokenRecord:
+  reason = TOO_LARGE if isinstance(error, _BOMB) else BROKEN
+  return BrokenRecord(
+    reason, f"the picture {name!r} cannot be decoded: {error}"
+  )
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:

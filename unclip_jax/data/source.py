@@ -10,7 +10,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from unclip_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+  import numpy as np
 
 SPLITS = ("train", "validation", "all")
 
@@ -27,6 +32,8 @@ class Record:
     captions: phrasings of the same content, the canonical one first.
     flippable: whether the mirrored picture still fits the captions.
     info: what else is known of it, for evaluators.
+    arrays: name -> array that goes into the batch under that name, such as an
+      `image_embed` [D] computed before; all records of a source hold the same.
   """
 
   image: bytes = dataclasses.field(repr=False)
@@ -36,13 +43,35 @@ class Record:
   captions: tuple[str, ...]
   flippable: bool
   info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Arrays have no one truth value by which records could be compared.
+  arrays: Mapping[str, np.ndarray] = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
+
+
+class BrokenRecord(UserError):
+  """A record that cannot be used; the pipeline takes the next one for it.
+
+  Fields:
+    reason: a few words, the same for all of its kind, to count them by.
+  """
+
+  def __init__(self, reason: str, message: str):
+    super().__init__(message)
+    self.reason = reason
 
 
 class Source(Protocol):
-  """Records in a fixed order."""
+  """Records in a fixed order.
+
+  One whose records hold `arrays` has a property `array_shapes`, their names
+  with shapes and dtypes (without the batch).
+  """
 
   def records(self, split: str) -> Sequence[Record]:
     """The records of a split, at least of those in SPLITS; prepares at need.
+
+    Asking for one that cannot be used raises BrokenRecord.
 
     Raises:
       UserError: no such split, nothing in it, or damaged files.
