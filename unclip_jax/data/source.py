@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from unclip_jax.utils.errors import UserError
 
@@ -49,23 +49,33 @@ class Record:
   )
 
 
-class BrokenRecord(UserError):
-  """A record that cannot be used; the pipeline takes the next one for it.
+class ArrayShape(NamedTuple):
+  """Of an array of a record, without the batch."""
 
-  Fields:
-    reason: a few words, the same for all of its kind, to count them by.
-  """
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class BrokenRecord(UserError):
+  """A record that cannot be used; the pipeline takes the next one for it."""
 
   def __init__(self, reason: str, message: str):
-    super().__init__(message)
+    """Args:
+    reason: a few words, the same for all of its kind, to count them by.
+    message: as that of any UserError.
+    """
+    super().__init__(reason, message)  # both, for pickle
     self.reason = reason
+
+  def __str__(self) -> str:
+    return self.args[1]
 
 
 class Source(Protocol):
   """Records in a fixed order.
 
-  One whose records hold `arrays` has a property `array_shapes`, their names
-  with shapes and dtypes (without the batch).
+  One whose records hold `arrays` has a property `array_shapes`, which maps
+  their names to ArrayShapes.
   """
 
   def records(self, split: str) -> Sequence[Record]:
