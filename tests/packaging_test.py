@@ -15,7 +15,7 @@ from packaging import requirements, utils
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIRST_PARTY = {"unclip_jax", "configs", "launch", "tests"}
 # Asked for though only other packages import them: setup.py says why.
-INDIRECT = {"array-record", "importlib-resources"}
+INDIRECT = {"importlib-resources"}
 
 
 @functools.cache

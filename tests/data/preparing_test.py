@@ -170,6 +170,12 @@ def test_duplicates_are_found_in_other_shards_and_splits(tmp_path):
   assert prepared.count(index.splits["train"]) == 280
   assert prepared.count(index.splits["all"]) == 20
   assert index.left_out == {"train": {}, "all": {"duplicate": 280}}
+  # Some of its shards are empty, and read all the same.
+  assert min(shard.num_records for shard in index.splits["all"]) == 0
+  index = dataclasses.replace(index, splits={"train": index.splits["all"]})
+  (tmp_path / "index.json").write_text(index.to_json())
+  keys = {r.code_point for r in prepared.Source(str(tmp_path)).records("all")}
+  assert keys == {f"validation-{i}" for i in range(20)}
 
 
 def test_large_pictures_are_reduced_and_others_kept(pictures, tmp_path):

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from unclip_jax.data import source, tokenizers
-from unclip_jax.data.source import BrokenRecord, Record
+from unclip_jax.data.source import NO_CAPTION, BrokenRecord, Record
 from unclip_jax.utils.errors import UserError
 
 # Longer texts are no captions, and would be cut by any tokenizer.
@@ -38,9 +38,7 @@ MAX_CHARS = 10_000
 MAX_IMAGE_BYTES = 2**27
 _MAX_TRAINING_CHARS = 1000  # longer ones the tokenizer's training would skip
 _MAX_TRAINING_RECORDS = 100_000
-# Reasons of BrokenRecord.
-NO_CAPTION = "no caption"
-UNREADABLE = "unreadable"
+UNREADABLE = "unreadable"  # a reason of BrokenRecord
 
 
 class Rows(Protocol):
@@ -249,10 +247,11 @@ def find_files(path: str, suffix: str) -> list[str]:
   return found
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-  """Paths without the folder that they share and without their suffixes."""
-  root = os.path.commonpath([os.path.dirname(p) for p in paths])
-  return [os.path.splitext(os.path.relpath(p, root))[0] for p in paths]
+def short_names(path: str, files: Sequence[str]) -> list[str]:
+  """What `find_files(path)` found without its folder and without suffixes."""
+  folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+  root = path if os.path.isdir(path) else os.path.commonpath(folders)
+  return [os.path.splitext(os.path.relpath(f, root))[0] for f in files]
 
 
 def texts_at(value: Any, path: str) -> list[str]:
@@ -262,11 +261,17 @@ def texts_at(value: Any, path: str) -> list[str]:
   if isinstance(value, str):
     return [] if path else [value]
   if isinstance(value, Mapping):
-    name, _, rest = path.partition("/")
+    # TFDS has names like "image/filename".
+    name, _, rest = (path, "", "") if path in value else path.partition("/")
     return texts_at(value.get(name), rest)
   if isinstance(value, (list, tuple, np.ndarray)):
     return [text for item in value for text in texts_at(item, path)]
   return []
+
+
+def texts_in(row: Mapping[str, Any], places: Sequence[str]) -> list[str]:
+  """The texts at all of these places."""
+  return [text for place in places for text in texts_at(row, place)]
 
 
 def image_of(value: Any, *, key: str) -> bytes:
@@ -282,6 +287,29 @@ def image_of(value: Any, *, key: str) -> bytes:
     raise BrokenRecord(UNREADABLE, f"the record {key!r} holds no picture")
   check_size(len(value), key=key)
   return value
+
+
+def check_columns(
+  name: str, columns: Sequence[str], image: str, captions: Sequence[str]
+) -> tuple[str, ...]:
+  """The places of captions that a table has.
+
+  Args:
+    name: what messages call the table.
+    columns: that it has.
+    image: the field `image` of a source.
+    captions: the field `captions`, places as `texts_at` takes them.
+
+  Raises:
+    UserError: it has no picture, or none of the captions.
+  """
+  found = tuple(c for c in captions if c.partition("/")[0] in columns)
+  if image not in columns or not found:
+    raise UserError(
+      f"{name} has the columns {', '.join(columns)}: name those of the picture"
+      " and of the captions by config.data.source.image and .captions"
+    )
+  return found
 
 
 def check_size(num_bytes: int, *, key: str) -> None:

@@ -30,7 +30,7 @@ from absl import logging
 
 from unclip_jax.data import tokenizers
 from unclip_jax.data.preprocess import Preprocess
-from unclip_jax.data.source import BrokenRecord, Record, Source
+from unclip_jax.data.source import NO_CAPTION, BrokenRecord, Record, Source
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils.errors import UserError
 
@@ -309,6 +309,9 @@ class _Examples:
         continue
       try:
         record = self.records[place]
+        if not record.captions:
+          name = record.code_point
+          raise BrokenRecord(NO_CAPTION, f"{name!r} has no caption")
         return record, self._pictures(place, record)
       except BrokenRecord as e:
         self._count(place, e)

@@ -183,7 +183,7 @@ class _Records(Sequence[Record]):
     counts = (shard.num_records for shard in shards)
     self._ends = list(itertools.accumulate(counts))
     self._order = np.argsort(_mixed(count(shards)), kind="stable")
-    self._reader = functools.lru_cache(_MAX_OPEN_FILES)(_open)
+    self._reader = functools.lru_cache(_MAX_OPEN_FILES)(open_shard)
 
   def __len__(self) -> int:
     return len(self._order)
@@ -239,7 +239,7 @@ def shard_file(split: str, number: int, count: int) -> str:
 
 def read_encoded(path: str, positions: Iterable[int]) -> Iterable[bytes]:
   """Records of a shard, still encoded."""
-  reader = _open(path)
+  reader = open_shard(path)
   return (reader.read([position])[0] for position in positions)
 
 
@@ -326,7 +326,8 @@ def _fits(name: str, value: Any) -> bool:
   return True
 
 
-def _open(path: str) -> Any:
+def open_shard(path: str) -> Any:
+  """A reader of single records; one that is cut off has none."""
   from array_record.python import array_record_module
 
   return array_record_module.ArrayRecordReader(
@@ -334,15 +335,19 @@ def _open(path: str) -> Any:
   )
 
 
+def num_records(path: str) -> int:
+  """The number of records in a file; 0 where it is cut off or missing."""
+  if not os.path.isfile(path):
+    return 0
+  return open_shard(path).num_records()  # closing it would raise
+
+
 def _check(path: str, shard: Shard) -> None:
   """Raises UserError for a shard that is not as the index says."""
-  found = 0
-  if os.path.isfile(path) and os.path.getsize(path) == shard.num_bytes:
-    reader = _open(path)
-    found = reader.num_records()
-    reader.close()
-    if found == shard.num_records:
-      return
+  found = num_records(path)
+  size = os.path.getsize(path) if os.path.isfile(path) else 0
+  if (size, found) == (shard.num_bytes, shard.num_records):
+    return
   raise UserError(
     f"{path} is damaged or missing ({found} of {shard.num_records} records):"
     " call the same unclip prepare_data again, which mends it"

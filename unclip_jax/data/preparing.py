@@ -38,7 +38,13 @@ from PIL import Image
 
 from unclip_jax.data import captioned, prepared, preprocess, tokenizers
 from unclip_jax.data.prepared import Index, Shard
-from unclip_jax.data.source import ArrayShape, BrokenRecord, Record, Source
+from unclip_jax.data.source import (
+  NO_CAPTION,
+  ArrayShape,
+  BrokenRecord,
+  Record,
+  Source,
+)
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import files
 from unclip_jax.utils import progress as progress_lib
@@ -335,7 +341,7 @@ def _accepted(plan: Plan, record: Record) -> tuple[Record, str]:
   """
   name = record.code_point
   if not captioned.clean(record.captions):
-    raise BrokenRecord(captioned.NO_CAPTION, f"{name!r} has no caption")
+    raise BrokenRecord(NO_CAPTION, f"{name!r} has no caption")
   picture = preprocess.decode(record.image, name=name)
   short, long = sorted(picture.size)
   if short < (plan.min_size or 1):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   import numpy as np
 
 SPLITS = ("train", "validation", "all")
+NO_CAPTION = "no caption"  # a reason of BrokenRecord
 
 
 @dataclasses.dataclass(frozen=True)
