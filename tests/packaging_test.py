@@ -104,7 +104,7 @@ def providers(name: str) -> set[str]:
 
 # What the benchmarks measure us against, where somebody has installed it; no
 # extra could hold them, for they do not agree on versions of each other.
-PEERS = {"dalle2_pytorch", "open_clip", "torchvision"}
+PEERS = {"dalle2_pytorch", "open_clip", "torchvision", "webdataset"}
 
 
 @pytest.mark.parametrize(
