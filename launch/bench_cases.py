@@ -438,11 +438,12 @@ def write_tars(folder: pathlib.Path, pictures: pathlib.Path) -> None:
   for number in range(4):
     with tarfile.open(folder / f"{number:05d}.tar", "w") as file:
       for path in sorted(pictures.glob("*.jpg"))[number::4]:
-        file.add(path, path.name)
         text = f"picture {path.stem}".encode()
-        info = tarfile.TarInfo(f"{path.stem}.txt")
-        info.size = len(text)
-        file.addfile(info, io.BytesIO(text))
+        # Not `add`, which would keep the links that the pictures are.
+        for suffix, data in (("jpg", path.read_bytes()), ("txt", text)):
+          info = tarfile.TarInfo(f"{path.stem}.{suffix}")
+          info.size = len(data)
+          file.addfile(info, io.BytesIO(data))
 
 
 @contextlib.contextmanager

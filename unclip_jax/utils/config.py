@@ -177,8 +177,8 @@ def apply_overrides(
   Args:
     config: may be locked; is left as it was in this respect.
     overrides: dotted name -> text, for example {"optim.lr": "1e-4"}. The text
-      gets the type of the value that is there; "None" is None everywhere. A
-      mapping, {"data.source": "{'folder': 'a'}"}, takes the place of a whole
+      gets the type of the value that is there; "None" is None everywhere;
+      several texts may be given as "a,b". A mapping, {"data.source": "{'folder': 'a'}"}, takes the place of a whole
       group of fields.
 
   Returns:
@@ -410,6 +410,8 @@ def _read(text: str, old: Any, where: str) -> Any:
   except (ValueError, SyntaxError, OverflowError) as e:
     if old is None:
       return text
+    if old and isinstance(old, tuple) and all(isinstance(x, str) for x in old):
+      return tuple(text.split(","))
     kind = "whole number" if isinstance(old, int) else type(old).__name__
     raise UserError(f"{where} must be a {kind}, not {text!r}") from e
   if isinstance(old, (list, tuple)) and not isinstance(value, tuple):
