@@ -178,8 +178,9 @@ def apply_overrides(
     config: may be locked; is left as it was in this respect.
     overrides: dotted name -> text, for example {"optim.lr": "1e-4"}. The text
       gets the type of the value that is there; "None" is None everywhere;
-      several texts may be given as "a,b". A mapping, {"data.source": "{'folder': 'a'}"}, takes the place of a whole
-      group of fields.
+      several texts may be given as "a,b". A mapping, as in
+      {"data.source": "{'folder': 'a'}"}, takes the place of a whole group of
+      fields.
 
   Returns:
     The same config.
