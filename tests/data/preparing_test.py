@@ -69,6 +69,14 @@ def test_nothing_but_what_belongs_there_is_left(whole):
   assert sorted(whole) == sorted([*shards, "index.json", "tokenizer.model"])
 
 
+def _is_running(pid):
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+  except OSError:
+    return False
+  return state.split()[0] != "Z"
+
+
 def test_killed_and_called_again_it_makes_the_same_files(tmp_path, whole):
   out = tmp_path / "out"
   fields = [f"--source.{name}={value}" for name, value in SHAPES.items()]
@@ -81,13 +89,20 @@ def test_killed_and_called_again_it_makes_the_same_files(tmp_path, whole):
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while process.poll() is None:
       if len(list(out.glob(".parts/*.json"))) > count:
+        tasks = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}")
+        children = (tasks / "children").read_text().split()
         process.send_signal(signal.SIGKILL)
         break
       time.sleep(0.002)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
+    # The processes that it started end with it.
+    assert len(children) >= 2
+    deadline = time.monotonic() + 30
+    while any(_is_running(child) for child in children):
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
     assert not (out / "index.json").exists()
-  # The processes that it had started end with it; the next call may begin.
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert "train: 280 records in 28 files" in done.stdout
@@ -142,6 +157,7 @@ def test_two_do_not_prepare_one_folder(tmp_path):
 def test_what_is_left_out_is_counted(pictures, tmp_path):
   pictures("whole.png")
   pictures("same.webp", lossless=True)
+  pictures("silent.png", (4, 0, 0), caption=" ")
   pictures("small.png", (1, 0, 0), (40, 7))
   pictures("oblong.png", (2, 0, 0), (9, 28))
   cut = pictures("cut.jpg", (3, 0, 0))
@@ -152,9 +168,21 @@ def test_what_is_left_out_is_counted(pictures, tmp_path):
   assert index.left_out["train"] == {
     "duplicate": 1, "too small": 1, "too oblong": 1, "broken picture": 1,
   }  # fmt: skip
+  assert index.left_out["before"] == {"no caption": 1}
   # Of the same pictures the first one stays, in the order of the files.
   assert records.keys() == {"same.webp"}
-  assert "left out: 1 (too oblong)" in preparing.report(index)
+  text = preparing.report(index)
+  assert "train: 1 records in 1 files" in text
+  assert all(
+    f"left out: 1 ({reason})" in text
+    for reason in (
+      "no caption",
+      "duplicate",
+      "too small",
+      "too oblong",
+      "broken picture",
+    )
+  )
   index, records = _prepared_folder(
     pictures, tmp_path / "all", deduplicate=False
   )

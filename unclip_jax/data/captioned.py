@@ -47,10 +47,12 @@ class Rows(Protocol):
   Fields:
     name: what messages call them, such as their folder.
     splits: name -> rows; those without splits of their own say "train".
+    left_out: reason -> how many were seen that are no rows.
   """
 
   name: str
   splits: Mapping[str, range]
+  left_out: Mapping[str, int]
 
   def key(self, row: int) -> str:
     """A name that no other row has, of the form "group/name"."""
@@ -133,6 +135,11 @@ class Source:
     if not os.path.isfile(path):
       tokenizers.train(captions, self.vocab_size, path)
     return path
+
+  @property
+  def left_out(self) -> Mapping[str, int]:
+    """Reason -> how many pictures are in no split."""
+    return self._rows.left_out
 
   def _some_captions(self) -> Iterator[str]:
     rows = self._splits["all"][:_MAX_TRAINING_RECORDS]

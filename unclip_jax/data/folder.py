@@ -29,7 +29,7 @@ from typing import Any
 from absl import logging
 
 from unclip_jax.data import captioned, preprocess
-from unclip_jax.data.source import BrokenRecord
+from unclip_jax.data.source import NO_CAPTION, BrokenRecord
 from unclip_jax.utils.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -72,7 +72,12 @@ class Source(captioned.Source):
       some = f" ({', '.join(unreadable[:3])})" if unreadable else ""
       logging.warning("%s%s: these are left out", summary, some)
     kept = list(itertools.compress(used, readable))
-    return _Rows(self.folder, kept, texts)
+    left_out = {
+      NO_CAPTION: len(paths) - len(used),
+      preprocess.BROKEN: len(unreadable),
+    }
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    return _Rows(self.folder, kept, texts, left_out)
 
   def _is_readable(self, path: str) -> bool:
     try:
@@ -91,8 +96,10 @@ class _Rows:
     folder: str,
     paths: Sequence[str],
     texts: Mapping[str, tuple[str, ...]],
+    left_out: Mapping[str, int],
   ):
     self.name = folder
+    self.left_out = left_out
     self.splits = {"train": range(len(paths))}
     self._paths = paths
     self._texts = texts

@@ -63,6 +63,7 @@ class _Rows:
     places: Sequence[str],
   ):
     self.name = name
+    self.left_out: dict[str, int] = {}
     self.splits = {}
     stop = 0
     for split, parts in batches.items():

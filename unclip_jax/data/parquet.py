@@ -74,6 +74,7 @@ class _Rows:
     places: Sequence[str],
   ):
     self.name = name
+    self.left_out: dict[str, int] = {}
     self._paths = paths
     self._names = names
     self._file_ends = list(itertools.accumulate(t.num_rows for t in tables))

@@ -37,6 +37,8 @@ from unclip_jax.data.source import ArrayShape, BrokenRecord, Record
 from unclip_jax.utils.errors import UserError
 
 INDEX_FILE = "index.json"
+# In Index.left_out, what the source leaves out before there are splits.
+BEFORE = "before"
 FORMAT = 1
 _DAMAGED = "damaged record"  # a reason of BrokenRecord
 _ARRAY = 1  # msgpack's number for our extension
@@ -63,7 +65,7 @@ class Index:
   Fields:
     made_from: whatever says how to make it again.
     splits: name -> its shards.
-    left_out: split -> reason -> how many.
+    left_out: split, or BEFORE -> reason -> how many.
     arrays: name -> shape and dtype of the records' arrays.
   """
 

@@ -145,12 +145,17 @@ def prepare(plan: Plan, out: str, *, num_processes: int | None = None) -> Index:
   made_from = json.loads(json.dumps({**dataclasses.asdict(plan), "of": sizes}))
   if _is_whole(out, made_from):
     logging.info("%s is prepared already, and whole", out)
+    # What a kill between the index and the end has left.
+    shutil.rmtree(os.path.join(out, _PARTS), ignore_errors=True)
     return prepared.read_index(out)
   with _locked(out) as parts:
     _keep_plan(parts, made_from)
     places = list(_places(plan, sizes))
     _make_parts(plan, parts, places, num_processes)
-    index = Index(made_from, *_put_in_place(plan, parts, places, out))
+    shards, left_out, arrays = _put_in_place(plan, parts, places, out)
+    before = dict(getattr(source, "left_out", {}))
+    left_out = {prepared.BEFORE: before, **left_out} if before else left_out
+    index = Index(made_from, shards, left_out, arrays)
     path = source.tokenizer_path()
     for name, asset in tokenizers.load(path).assets().items():
       shutil.copyfile(asset, os.path.join(out, name))
@@ -164,15 +169,18 @@ def prepare(plan: Plan, out: str, *, num_processes: int | None = None) -> Index:
 def report(index: Index) -> str:
   """How many records there are, and how many were left out and why."""
   lines = []
-  for split, shards in index.splits.items():
-    number = prepared.count(shards)
-    size = sum(shard.num_bytes for shard in shards)
-    lines.append(
-      f"{split}: {number} records in {len(shards)} files, {size / 1e6:.1f} MB"
-    )
-    lines += [
-      f"  left out: {n} ({k})" for k, n in index.left_out[split].items()
-    ]
+  for split in [prepared.BEFORE, *index.splits]:
+    left_out = index.left_out.get(split, {})
+    if split in index.splits:
+      shards = index.splits[split]
+      size = sum(shard.num_bytes for shard in shards) / 1e6
+      number = prepared.count(shards)
+      lines.append(
+        f"{split}: {number} records in {len(shards)} files, {size:.1f} MB"
+      )
+    elif left_out:
+      lines.append("before the splits:")
+    lines += [f"  left out: {n} ({reason})" for reason, n in left_out.items()]
   return "\n".join(lines)
 
 
@@ -258,7 +266,7 @@ def _make_parts(
   sizes = {p: p.stop - p.start for p in places}
   total = sum(sizes.values())
   before = total - sum(sizes[p] for p in missing)
-  num_processes = num_processes or len(os.sched_getaffinity(0))
+  num_processes = num_processes or os.cpu_count() or 1
   if not missing:
     return
   with progress_lib.Progress("preparing", total, start=before) as progress:
@@ -397,16 +405,16 @@ def _put_in_place(
       if not (plan.deduplicate and digest in seen):
         kept.append(position)
         seen.add(digest)
-    source = os.path.join(parts, place.file)
-    target = os.path.join(out, place.file)
+    made = os.path.join(parts, place.file)
+    new = os.path.join(parts, "new")  # what a kill leaves of it goes with parts
     shard = part.shard
     if len(kept) < shard.num_records:
       left_out[place.split]["duplicate"] += shard.num_records - len(kept)
-      shard = prepared.write_shard(target, prepared.read_encoded(source, kept))
+      shard = prepared.write_shard(new, prepared.read_encoded(made, kept))
+      shard = dataclasses.replace(shard, file=place.file)
     else:
-      with contextlib.suppress(FileNotFoundError):
-        os.remove(target)
-      _link(source, target)
+      _link(made, new)
+    os.replace(new, os.path.join(out, place.file))
     splits[place.split].append(shard)
   if not seen:
     reasons = collections.Counter()
@@ -437,8 +445,9 @@ def _account(parts: str, place: _Place) -> str:
 
 
 def _link(source: str, target: str) -> None:
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(target)
   try:
     os.link(source, target)
   except OSError:  # a system without hard links
-    shutil.copyfile(source, f"{target}.part")
-    os.replace(f"{target}.part", target)
+    shutil.copyfile(source, target)

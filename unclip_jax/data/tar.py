@@ -23,14 +23,14 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from unclip_jax.data import captioned, source
-from unclip_jax.data.source import BrokenRecord
+from unclip_jax.data.source import NO_CAPTION, BrokenRecord
 from unclip_jax.utils.errors import UserError
 
 # Column of the index -> suffixes, without the first dot.
@@ -57,12 +57,23 @@ class Source(captioned.Source):
     paths = captioned.find_files(self.path, ".tar")
     names = captioned.short_names(self.path, paths)
     index = _index(paths, names, self.data_dir or source.default_data_dir())
+    left_out = {
+      NO_CAPTION: int(index.without_caption),
+      "the end of a tar": int(index.cut_off),
+    }
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    if left_out:
+      logging.warning(
+        "left out of %s: %s",
+        self.path,
+        ", ".join(f"{n} ({reason})" for reason, n in left_out.items()),
+      )
     if not len(index.keys):
       raise UserError(
         f"nothing to train on in {self.path}: no picture has a .txt or .json"
         " file of its name (a tar that is compressed must be unpacked first)"
       )
-    return _Rows(self.path, paths, index, self.captions)
+    return _Rows(self.path, paths, index, self.captions, left_out)
 
 
 class _Index(NamedTuple):
@@ -71,6 +82,8 @@ class _Index(NamedTuple):
   keys: np.ndarray  # bytes [N]
   tars: np.ndarray  # int32 [N]
   places: np.ndarray  # int64 [N, 3 kinds, offset and size]
+  without_caption: np.ndarray  # [], pictures
+  cut_off: np.ndarray  # [], tars
 
 
 class _Rows:
@@ -82,8 +95,10 @@ class _Rows:
     paths: Sequence[str],
     index: _Index,
     fields: Sequence[str],
+    left_out: Mapping[str, int],
   ):
     self.name = name
+    self.left_out = left_out
     self.splits = {"train": range(len(index.keys))}
     self._paths = paths
     self._index = index
@@ -142,9 +157,11 @@ def _index(paths: Sequence[str], names: Sequence[str], data_dir: str) -> _Index:
   keys: list[bytes] = []
   tars: list[int] = []
   places: list[list[tuple[int, int]]] = []
-  without_caption = 0
+  without_caption = cut_off = 0
   for number, (path, name) in enumerate(zip(paths, names)):
-    for stem, files in _samples(path).items():
+    samples, is_whole = _samples(path)
+    cut_off += not is_whole
+    for stem, files in samples.items():
       if "image" not in files:
         continue
       if files.keys() == {"image"}:
@@ -153,16 +170,12 @@ def _index(paths: Sequence[str], names: Sequence[str], data_dir: str) -> _Index:
       keys.append(os.fsencode(f"{name}/{stem}"))
       tars.append(number)
       places.append([files.get(kind, (0, 0)) for kind in _SUFFIXES])
-  if without_caption:
-    logging.warning(
-      "%d pictures in %d tars have no caption: these are left out",
-      without_caption,
-      len(paths),
-    )
   index = _Index(
     np.array(keys, bytes),
     np.array(tars, np.int32),
     np.array(places, np.int64).reshape(-1, len(_SUFFIXES), 2),
+    np.array(without_caption),
+    np.array(cut_off),
   )
   os.makedirs(os.path.dirname(cache), exist_ok=True)
   part = f"{cache}.{os.getpid()}.part"
@@ -172,8 +185,9 @@ def _index(paths: Sequence[str], names: Sequence[str], data_dir: str) -> _Index:
   return index
 
 
-def _samples(path: str) -> dict[str, dict[str, tuple[int, int]]]:
-  """Stem -> kind -> offset and size in bytes, of what is whole in a tar."""
+def _samples(path: str) -> tuple[dict[str, dict[str, tuple[int, int]]], bool]:
+  """Stem -> kind -> offset and size in bytes, of what is whole in a tar; and
+  whether it has its end."""
   samples: dict[str, dict[str, tuple[int, int]]] = {}
   file_size = os.path.getsize(path)
   is_whole = False
@@ -191,10 +205,10 @@ def _samples(path: str) -> dict[str, dict[str, tuple[int, int]]]:
       is_whole = tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
   except (tarfile.TarError, OSError, EOFError, ValueError) as e:
     logging.warning("%s cannot be read to its end: %s", path, e)
-    return samples
+    return samples, False
   if not is_whole:
     logging.warning("%s is cut off: what is whole before is used", path)
-  return samples
+  return samples, is_whole
 
 
 def _split(name: str) -> tuple[str, str | None]:
