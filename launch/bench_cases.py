@@ -15,6 +15,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -366,6 +367,27 @@ def sampling(options: Options) -> Iterator[dict[str, Contender]]:
   }
 
 
+def data_contender(
+  options: Options,
+  config: Mapping[str, Any],
+  batch_size: int,
+  num_batches: int,
+) -> Contender:
+  """Our batches of a `config.data`."""
+  from unclip_jax.data import pipeline
+
+  def run() -> float:
+    # Anew each time: it keeps pictures that it has seen.
+    ours = pipeline.DataPipeline.from_config(config, seed=0)
+    ours = dataclasses.replace(ours, num_threads=options.threads)
+    ours.num_examples("train")
+    batches = ours.train_batches(0, batch_size)
+    with contextlib.closing(batches):
+      return seconds_of_batches(batches, num_batches)
+
+  return Contender(run, batch_size * num_batches)
+
+
 def write_pictures(folder: pathlib.Path, count: int, image_size: int) -> None:
   """So many JPEGs with captions; 16 are drawn, the others are links."""
   from PIL import Image
@@ -393,8 +415,6 @@ def write_pictures(folder: pathlib.Path, count: int, image_size: int) -> None:
 
 @contextlib.contextmanager
 def data(options: Options) -> Iterator[dict[str, Contender]]:
-  from unclip_jax.data import pipeline
-
   tiny = options.size == "tiny"
   batch_size, num_batches, image_size = (4, 2, 32) if tiny else (32, 16, 512)
   with tempfile.TemporaryDirectory() as name:
@@ -407,18 +427,50 @@ def data(options: Options) -> Iterator[dict[str, Contender]]:
       preprocess=dict(image_size=64, clip_image_size=224, context_length=16),
     )
 
-    def run() -> float:
-      # Anew each time: it keeps pictures that it has seen.
-      ours = pipeline.DataPipeline.from_config(config, seed=0)
-      ours = dataclasses.replace(ours, num_threads=options.threads)
-      ours.num_examples("train")
-      batches = ours.train_batches(0, batch_size)
-      with contextlib.closing(batches):
-        return seconds_of_batches(batches, num_batches)
+    yield {
+      "ours": data_contender(options, config, batch_size, num_batches),
+      **peers("data", options, folder, batch_size),
+    }
+
+
+def write_tars(folder: pathlib.Path, pictures: pathlib.Path) -> None:
+  """The JPEGs of a folder with a caption each, in four tars."""
+  for number in range(4):
+    with tarfile.open(folder / f"{number:05d}.tar", "w") as file:
+      for path in sorted(pictures.glob("*.jpg"))[number::4]:
+        text = f"picture {path.stem}".encode()
+        # Not `add`, which would keep the links that the pictures are.
+        for suffix, data in (("jpg", path.read_bytes()), ("txt", text)):
+          info = tarfile.TarInfo(f"{path.stem}.{suffix}")
+          info.size = len(data)
+          file.addfile(info, io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def tar(options: Options) -> Iterator[dict[str, Contender]]:
+  tiny = options.size == "tiny"
+  batch_size, num_batches, image_size = (4, 4, 32) if tiny else (32, 32, 512)
+  with tempfile.TemporaryDirectory() as name:
+    pictures, folder = pathlib.Path(name, "pictures"), pathlib.Path(name, "tar")
+    pictures.mkdir()
+    folder.mkdir()
+    write_pictures(pictures, batch_size * num_batches, image_size)
+    write_tars(folder, pictures)
+    source = dict(path=str(folder), data_dir=name, holdout=0.0)
+    sizes = dict(image_size=64, clip_image_size=224, context_length=16)
+
+    def contender(**fields: Any) -> Contender:
+      config = dict(
+        source_name="unclip_jax.data.tar",
+        source=source,
+        preprocess={**sizes, **fields},
+      )
+      return data_contender(options, config, batch_size, num_batches)
 
     yield {
-      "ours": Contender(run, batch_size * num_batches),
-      **peers("data", options, folder, batch_size),
+      "ours": contender(),
+      "ours, fast_jpeg": contender(fast_jpeg=True),
+      **peers("tar", options, folder, batch_size, num_batches),
     }
 
 
@@ -474,6 +526,7 @@ CASES: Mapping[str, Callable[[Options], Any]] = {
   "upsampler": upsampler,
   "sampling": sampling,
   "data": data,
+  "tar": tar,
   "start": start,
 }
 

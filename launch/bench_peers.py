@@ -328,29 +328,59 @@ def _diffusers_upsampler(
   return _train_contender(options, model, loss_of, size.batch)
 
 
+def _torchvision_transform(image_size: int) -> Any:
+  import torch
+  from torchvision.transforms import v2
+
+  return v2.Compose(
+    [
+      v2.Resize(image_size, v2.InterpolationMode.BICUBIC, antialias=True),
+      v2.CenterCrop(image_size),
+      v2.ToImage(),
+      v2.ToDtype(torch.float32, scale=True),
+      v2.Normalize([0.5] * 3, [0.5] * 3),
+    ]
+  )
+
+
 def _torchvision_data(
   options: Options, folder: pathlib.Path, batch_size: int
 ) -> Contender:
-  import torch
   from PIL import Image
-  from torchvision.transforms import v2
 
-  def transform(image_size: int) -> Any:
-    return v2.Compose(
-      [
-        v2.Resize(image_size, v2.InterpolationMode.BICUBIC, antialias=True),
-        v2.CenterCrop(image_size),
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.5] * 3, [0.5] * 3),
-      ]
-    )
-
+  transforms = map(_torchvision_transform, (64, 224))
   paths = sorted(folder.glob("*.jpg"))
   return _data_contender(
-    options,
-    _Pictures(paths, Image.open, transform(64), transform(224)),
-    batch_size,
+    options, _Pictures(paths, Image.open, *transforms), batch_size
+  )
+
+
+def _webdataset_tar(
+  options: Options, folder: pathlib.Path, batch_size: int, num_batches: int
+) -> Contender:
+  import webdataset
+
+  transforms = [_torchvision_transform(size) for size in (64, 224)]
+
+  def both(sample: tuple[Any, str]) -> tuple[Any, ...]:
+    picture, text = sample
+    return *(transform(picture) for transform in transforms), text
+
+  urls = sorted(map(str, folder.glob("*.tar")))
+  dataset = (
+    webdataset.WebDataset(urls, shardshuffle=len(urls))
+    .shuffle(1000)
+    .decode("pilrgb")
+    .to_tuple("jpg", "txt")
+    .map(both)
+    .batched(batch_size)
+  )
+  loader = webdataset.WebLoader(
+    dataset, batch_size=None, num_workers=options.threads
+  )
+  return Contender(
+    lambda: bench_cases.seconds_of_batches(loader, num_batches),
+    batch_size * num_batches,
   )
 
 
@@ -426,4 +456,5 @@ _PEERS = {
     "DataLoader, Pillow": _pillow_data,
     "DataLoader, torchvision": _torchvision_data,
   },
+  "tar": {"webdataset, torchvision": _webdataset_tar},
 }

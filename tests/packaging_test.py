@@ -15,7 +15,7 @@ from packaging import requirements, utils
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIRST_PARTY = {"unclip_jax", "configs", "launch", "tests"}
 # Asked for though only other packages import them: setup.py says why.
-INDIRECT = {"array-record", "importlib-resources"}
+INDIRECT = {"importlib-resources"}
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def providers(name: str) -> set[str]:
 
 # What the benchmarks measure us against, where somebody has installed it; no
 # extra could hold them, for they do not agree on versions of each other.
-PEERS = {"dalle2_pytorch", "open_clip", "torchvision"}
+PEERS = {"dalle2_pytorch", "open_clip", "torchvision", "webdataset"}
 
 
 @pytest.mark.parametrize(

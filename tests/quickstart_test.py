@@ -124,15 +124,15 @@ def test_a_protocol_on_the_model(out, tmp_path, run_python):
   report = tmp_path / "sweep.json"
   arguments = (
     *("evaluate", "--model", str(out / "model"), "--out", str(report)),
-    *("--protocol", "guidance_sweep", "--option", "guidance_scales=1.0,"),
+    *("--protocol", "guidance_sweep", "--protocol.guidance_scales=(1.0,)"),
   )
-  process = unclip(run_python, *arguments, "--option", "num_images=6")
+  process = unclip(run_python, *arguments, "--protocol.num_images=6")
   assert process.returncode == 0, process.stderr
   written = json.loads(report.read_text())
   assert written["options"]["num_images"] == written["rows"][0]["count"] == 6
   assert "| guidance_scale |" in process.stdout
   assert_user_error(
-    unclip(run_python, *arguments, "--option", "images=6"), "num_images"
+    unclip(run_python, *arguments, "--protocol.images=6"), "num_images"
   )
 
 

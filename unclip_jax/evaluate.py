@@ -12,11 +12,11 @@ level. With an Inception (`unclip convert --from inception`) there are the FID
 and its like, with a CLIP the CLIP score and the CMMD.
 
   unclip evaluate --model models/mine --out sweep.json \
-    --protocol guidance_sweep --option guidance_scales=1,2,4 \
-    --option num_images=5000 --inception models/inception
+    --protocol guidance_sweep --protocol.guidance_scales="(1.0, 2.0, 4.0)" \
+    --protocol.num_images=5000 --inception models/inception
 
 An experiment on a whole model is a protocol (unclip_jax/protocols, a module
-each, whose fields are the options): prior_report, guidance_sweep, coco30k,
+each): prior_report, guidance_sweep, coco30k,
 diversity, scenes, typographic, aesthetic. It writes a table and plots too.
 
 Of one stage (--run: a run folder, or one part of a model) the evaluators of its
@@ -49,8 +49,8 @@ SPLIT = flags.DEFINE_string(
 PROTOCOL = flags.DEFINE_string(
   "protocol", None, "Of --model: a module of unclip_jax/protocols."
 )
-OPTION = flags.DEFINE_multi_string(
-  "option", [], "Of --protocol: NAME=VALUE, one of its fields; repeated."
+FIELDS = programs.FieldsFlag(
+  "protocol", "NAME=VALUE; what --protocol.NAME=VALUE stands for."
 )
 NUM_EMBEDS = flags.DEFINE_integer(
   "num_embeds", 500, "Of --model: examples for retrieval and the prior.", 2
@@ -118,10 +118,11 @@ def of_protocol(out: pathlib.Path) -> list[pathlib.Path]:
   """Carries a protocol out on a pipeline and writes what it found."""
   if not MODEL.value:
     raise errors.UserError("--protocol goes with --model")
-  fields = base.parse_options(OPTION.value)
-  protocol = config_lib.instantiate(
-    f"unclip_jax.protocols.{PROTOCOL.value}", "Protocol", fields
+  module = config_lib.import_module(f"unclip_jax.protocols.{PROTOCOL.value}")
+  fields = config_lib.fields_from_text(
+    module.Protocol, FIELDS.value, where="--protocol"
   )
+  protocol = config_lib.construct(module.Protocol, fields, where="--protocol")
   pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
   if CLIP.value:
     clip = features.load(CLIP.value)

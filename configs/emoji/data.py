@@ -24,6 +24,7 @@ def emoji(*, quick: bool, smoke: bool, **preprocess) -> dict:
       source=dict(image_size=64),
       preprocess=preprocess,
       tokenizer=None,
+      max_broken=0.05,  # share of broken records; more of them stop the run
     )
   source = dict(data_dir=None, image_size=64, groups=None, holdout=10.0)
   if quick:
@@ -33,4 +34,5 @@ def emoji(*, quick: bool, smoke: bool, **preprocess) -> dict:
     source=source,
     preprocess=preprocess,
     tokenizer=None,
+    max_broken=0.05,  # share of broken records; more of them stop the run
   )

@@ -31,6 +31,7 @@ def shapes(*, smoke: bool, image_size: int, **preprocess) -> dict:
       context_length=CONTEXT_LENGTH, image_size=image_size, **preprocess
     ),
     tokenizer=None,
+    max_broken=0.05,  # share of broken records; more of them stop the run
   )
 
 

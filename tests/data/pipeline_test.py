@@ -12,6 +12,7 @@ import pytest
 
 from unclip_jax.data import pipeline, synthetic
 from unclip_jax.data.preprocess import Preprocess
+from unclip_jax.data.source import BrokenRecord
 from unclip_jax.utils.errors import UserError
 
 
@@ -192,6 +193,133 @@ def test_decoded_pictures_are_cached_within_bounds(data, monkeypatch):
   bounded = _take(fresh.train_batches(0, 16), 6)
   assert len(fresh._examples("train")._cache) in (10, 11)  # two threads
   _assert_same(bounded, _take(data.train_batches(0, 16), 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+  """A source of given records; of an error in their place it is raised."""
+
+  items: tuple
+  array_shapes: dict = dataclasses.field(default_factory=dict)
+
+  def records(self, split):
+    items = self.items
+
+    class Records(list):
+      def __getitem__(self, index):
+        if isinstance(items[index], Exception):
+          raise items[index]
+        return items[index]
+
+    return Records(items)
+
+
+def _listed(tmp_path, broken=(), count=40, arrays=None, **fields):
+  """A pipeline over `count` pictures; those at `broken` are in turns gone and
+  cut off."""
+  made = synthetic.Source(data_dir=str(tmp_path), num_examples=count)
+  items = list(made.records("all"))
+  for i, place in enumerate(broken):
+    cut = dataclasses.replace(items[place], image=items[place].image[:60])
+    items[place] = (
+      BrokenRecord("gone", f"number {place} is gone") if i % 2 else cut
+    )
+  if arrays:
+    items = [
+      dataclasses.replace(x, arrays=arrays(i)) for i, x in enumerate(items)
+    ]
+  shapes = getattr(items[-1], "arrays", {})
+  return pipeline.DataPipeline(
+    Listed(tuple(items), shapes),
+    Preprocess(image_size=8),
+    seed=3,
+    tokenizer_path=made.tokenizer_path(),
+    **fields,
+  )
+
+
+BROKEN = (0, 4, 5, 39)
+
+
+def test_the_next_whole_record_stands_in_for_a_broken_one(tmp_path):
+  whole = _listed(tmp_path)
+  data = _listed(tmp_path, BROKEN, max_broken=0.1)
+  expected = np.concatenate([b["image"] for b in whole.eval_batches("all", 8)])
+  for i, stand_in in zip(BROKEN, (1, 6, 6, 1)):
+    expected[i] = expected[stand_in]
+    name = data.example_info(i, "all")["name"]
+    assert name == whole.example_info(stand_in, "all")["name"]
+  for _ in range(2):
+    batches = list(data.eval_batches("all", 8))
+    found = np.concatenate([b["image"] for b in batches])
+    np.testing.assert_array_equal(found, expected)
+    index = np.concatenate([b["index"] for b in batches])
+    np.testing.assert_array_equal(index, np.arange(40))
+  assert data.broken_records("all") == {"broken picture": 2, "gone": 2}
+
+
+def test_broken_records_are_told_of_once_a_kind_and_at_powers_of_two(
+  tmp_path, monkeypatch
+):
+  told = []
+  monkeypatch.setattr(
+    pipeline.logging, "warning", lambda text, *args: told.append(text % args)
+  )
+  data = _listed(tmp_path, range(1, 12), max_broken=0.5)
+  for _ in range(2):
+    list(data.eval_batches("all", 8))
+  assert len(told) == 4  # 1, 2, 4 and 8 of them; the kinds alternate
+  assert "so far 4 (broken picture), 4 (gone)" in told[-1]
+  assert "number 8 is gone" in told[-1]
+
+
+def test_too_many_broken_records_stop_the_run(tmp_path):
+  data = _listed(tmp_path, BROKEN)  # 5 % of 40 are 2
+  with pytest.raises(UserError, match=r"3 of the 40 .* raise config"):
+    list(data.eval_batches("all", 8))
+  with pytest.raises(UserError, match="are broken"):
+    next(data.train_batches(0, 400))
+  # One may be broken in any case, unless nothing is left.
+  assert len(
+    list(_listed(tmp_path, (0,), max_broken=0.0).eval_batches("all", 8))
+  )
+  with pytest.raises(UserError, match="no record"):
+    list(_listed(tmp_path, (0, 1), 2, max_broken=1.0).eval_batches("all", 2))
+
+
+def test_arrays_of_records_are_in_the_batch(tmp_path):
+  def arrays(i):
+    return {
+      "image_embed": np.full(3, i + 0.5, np.float16),
+      "grade": np.int32(i),
+    }
+
+  data = _listed(tmp_path, arrays=arrays)
+  batch = next(data.train_batches(0, 8))
+  spec = data.batch_spec(8)
+  assert batch.keys() == spec.keys()
+  for name, array in batch.items():
+    assert (array.shape, array.dtype) == (spec[name].shape, spec[name].dtype)
+  assert batch["image_embed"].dtype == np.float32
+  np.testing.assert_array_equal(batch["grade"], batch["index"])
+  np.testing.assert_array_equal(
+    batch["image_embed"][:, 1], batch["index"] + 0.5
+  )
+
+
+@pytest.mark.parametrize(
+  ("arrays", "message"),
+  [
+    (lambda i: {"x": np.zeros(i)}, "names or shapes"),
+    (lambda i: {"x": np.zeros(1)} if i == 0 else {}, "names or shapes"),
+    (lambda i: {"x": np.zeros(1)} if i else {}, "names or shapes"),
+    (lambda i: {"text_mask": np.zeros(1)}, "arrays named text_mask"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
+  data = _listed(tmp_path, arrays=arrays)
+  with pytest.raises(UserError, match=message):
+    next(iter(data.eval_batches("all", 4)))
 
 
 def test_wrong_batch_sizes_and_splits(data):

@@ -1,6 +1,9 @@
 """One example: resizing, crops, flips, captions, damaged pictures."""
 
+import dataclasses
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -317,3 +320,47 @@ def test_damaged_pictures_are_one_line():
 def test_wrong_fields(fields, message):
   with pytest.raises(UserError, match=message):
     Preprocess(image_size=64, **fields)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGB"])
+def test_16_bits_keep_their_upper_half(mode):
+  ramp = (np.arange(256, dtype=np.uint16) * 257)[None]
+  file = io.BytesIO()
+  Image.fromarray(ramp).save(file, "PNG")
+  encoded = file.getvalue()
+  if mode == "RGB":  # which Pillow reads, but does not write
+    header = struct.pack(">IIBBBBB", 256, 1, 16, 2, 0, 0, 0)
+    rows = b"\0" + np.repeat(ramp.astype(">u2"), 3).tobytes()
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    encoded = b"\x89PNG\r\n\x1a\n" + b"".join(
+      struct.pack(">I", len(data))
+      + name
+      + data
+      + struct.pack(">I", zlib.crc32(name + data))
+      for name, data in chunks
+    )
+  pixels = np.asarray(decode(encoded, name="deep"))
+  np.testing.assert_array_equal(pixels[0, :, 0], np.arange(256))
+
+
+def test_jpegs_are_decoded_smaller_where_that_suffices():
+  coarse = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+  smooth = Image.fromarray(coarse).resize((256, 384), Image.Resampling.BICUBIC)
+  for kind, sizes in (
+    ("JPEG", {16: 32, 32: 32, 33: 64, 64: 64, 100: 128, 129: 256, 300: 256}),
+    ("PNG", {16: 256}),
+  ):
+    encoded = _encode(np.asarray(smooth), kind)
+    for least, width in sizes.items():
+      size = decode(encoded, name="x", least=least).size
+      assert size == (width, width * 3 // 2)
+  record = dataclasses.replace(
+    _record(), image=_encode(np.asarray(smooth), "JPEG")
+  )
+  plain = Preprocess(image_size=16, clip_image_size=60)
+  fast = dataclasses.replace(plain, fast_jpeg=True)
+  expected, found = plain.resize(record), fast.resize(record)
+  for name, image in expected.items():
+    difference = found[name].astype(int) - image
+    assert 0 < np.abs(difference).mean() < 2
+    assert np.abs(difference).max() < 16

@@ -205,14 +205,6 @@ def test_what_is_written(tmp_path):
   assert np.asarray(Image.open(written[2])).tolist() == [[[128] * 3] * 4] * 4
 
 
-def test_options():
-  given = ["scales=1,2.5", "folder=/a=b", "count=3"]
-  expected = {"scales": (1, 2.5), "folder": "/a=b", "count": 3}
-  assert base.parse_options(given) == expected
-  with pytest.raises(errors.UserError, match="NAME=VALUE"):
-    base.parse_options(["3"])
-
-
 def test_nothing_to_look_at(subject):
   with pytest.raises(errors.UserError, match=evaluators.NOTHING[:20]):
     subject.look(lambda batch: batch, 0)

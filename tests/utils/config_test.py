@@ -232,6 +232,50 @@ class TestOverrides:
     with pytest.raises(UserError, match=r"optim\.betas, optim\.learn"):
       config_lib.apply_overrides(config, {"optim": "1"})
 
+  def test_a_mapping_takes_the_place_of_a_group(self, config):
+    overrides = {"optim": "{'name': 'lion', 'betas': [1, 2]}"}
+    overrides["optim.name"] = "adam"  # in the order of the command line
+    config_lib.apply_overrides(config, overrides)
+    assert config.optim.to_dict() == {"name": "adam", "betas": (1, 2)}
+    with pytest.raises(UserError, match=r"config\.optim must be"):
+      config_lib.apply_overrides(config, {"optim": "{'name'"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+  path: str
+  size: int = 64
+  holdout: float = 10.0
+  groups: tuple[str, ...] | None = None
+  names: tuple[str, ...] = ("a",)
+  flip: bool = False
+
+
+class TestFieldsFromText:
+  def test_types_follow_the_defaults(self):
+    texts = dict(
+      path="7", size="32", holdout="5", groups="('a', 'b')", names="b", flip="1"
+    )
+    fields = config_lib.fields_from_text(Pictures, texts, where="--source")
+    assert fields == dict(
+      path="7", size=32, holdout=5.0, groups=("a", "b"), names=("b",), flip=True
+    )
+    assert config_lib.fields_from_text(Pictures, {}, where="--source") == {}
+    for text in ("a/b,c", "('a/b', 'c')"):
+      fields = config_lib.fields_from_text(Pictures, {"names": text}, where="")
+      assert fields == {"names": ("a/b", "c")}
+
+  @pytest.mark.parametrize(
+    "texts, message",
+    [
+      ({"sise": "1"}, r"--source has no field 'sise' \(did you mean 'size'"),
+      ({"size": "large"}, r"--source\.size must be a whole number"),
+    ],
+  )
+  def test_mistakes_are_named(self, texts, message):
+    with pytest.raises(UserError, match=message):
+      config_lib.fields_from_text(Pictures, texts, where="--source")
+
 
 class TestConstruct:
   def test_containers_become_plain(self):

@@ -10,11 +10,8 @@ with a dot excepted; links are followed). Captions are read from
 
 What cannot be used is left out: pictures without a caption, and those whose
 header cannot be read or speaks of more than 16 megapixels. How many they are is
-logged once. Damage behind the header shows when a picture is first read; the
-next whole one of its split then stands in for it.
-
-  order   that of a hash of the paths, so that the first few are a fair sample
-  split   by another hash of the paths: it stays where pictures are added
+logged once. Damage behind the header shows when a picture is first read.
+Captions, order and splits are as data/captioned.py says; keys are the paths.
 """
 
 from __future__ import annotations
@@ -22,185 +19,105 @@ from __future__ import annotations
 import concurrent.futures
 import csv
 import dataclasses
-import functools
-import hashlib
 import itertools
 import json
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
-from unclip_jax.data import preprocess, source, tokenizers
-from unclip_jax.data.source import Record
+from unclip_jax.data import captioned, preprocess
+from unclip_jax.data.source import NO_CAPTION, BrokenRecord
 from unclip_jax.utils.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _METADATA = ("metadata.jsonl", "metadata.csv")
-# Longer texts are no captions, and would be cut by any tokenizer.
-_MAX_CHARS = 10_000
-_MAX_TRAINING_CHARS = 1000  # longer ones the tokenizer's training would skip
-
-
-class _Entry(NamedTuple):
-  path: str  # relative to the folder, with "/"
-  captions: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """The fields of `config.data.source`.
+class Source(captioned.Source):
+  """The fields of `config.data.source`, beside those of all such sources.
 
   Fields:
     folder: holds the pictures.
-    data_dir: where the tokenizer is kept; None: $UNCLIP_DATA_DIR, else
-      ~/.cache/unclip_jax.
-    flippable: whether mirrored pictures still fit their captions.
-    holdout: percentage held out for validation; 0 trains on everything.
-    vocab_size: bound on that of the tokenizer.
   """
 
   folder: str
-  data_dir: str | None = None
-  flippable: bool = False
-  holdout: float = 10.0
-  vocab_size: int = 1024
 
-  def __post_init__(self):
-    if not 0 <= self.holdout < 100:
-      raise UserError("config.data.source.holdout is a percentage in [0, 100)")
-
-  def records(self, split: str) -> Sequence[Record]:
-    """The records of "train", "validation" or "all"; pictures are read late.
-
-    Raises:
-      UserError: no such split, nothing in it, or no such folder.
-    """
-    if split not in source.SPLITS:
-      raise UserError(
-        f"there is no split {split!r}; there are {', '.join(source.SPLITS)}"
-      )
-    entries = [e for e in self._entries if self._in_split(e, split)]
-    if not entries:
-      raise UserError(
-        f"the split {split!r} of {self.folder} is empty: change"
-        " config.data.source.holdout, or add pictures"
-      )
-    return _Records(self.folder, entries, self.flippable)
-
-  def tokenizer_path(self) -> str:
-    """A tokenizer trained on all captions, made at need."""
-    captions = [
-      c[:_MAX_TRAINING_CHARS] for e in self._entries for c in e.captions
-    ]
-    text = "\n".join([str(self.vocab_size), *captions])
-    encoded = text.encode("utf-8", "replace")
-    digest = hashlib.sha256(encoded).hexdigest()[:12]
-    path = os.path.join(
-      self.data_dir or source.default_data_dir(),
-      "folder",
-      digest,
-      tokenizers.SENTENCEPIECE_FILE,
-    )
-    if not os.path.isfile(path):
-      tokenizers.train(captions, self.vocab_size, path)
-    return path
-
-  def _in_split(self, entry: _Entry, split: str) -> bool:
-    digest = _hash("split", entry.path)
-    held_out = int.from_bytes(digest[:4], "big") / 2**32 < self.holdout / 100
-    return split == "all" or held_out == (split == "validation")
-
-  @functools.cached_property
-  def _entries(self) -> list[_Entry]:
-    """All that can be used, in their order."""
+  def open(self) -> captioned.Rows:
     if not os.path.isdir(self.folder):
       raise UserError(
         f"there is no folder {self.folder!r}: config.data.source.folder must"
         " name that of your pictures"
       )
     paths = _find(self.folder)
-    captions = _captions(self.folder, paths)
-    entries = [_Entry(p, captions[p]) for p in paths if captions[p]]
+    texts = _captions(self.folder, paths)
+    used = [p for p in paths if texts[p]]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      readable = list(pool.map(self._is_readable, entries))
-    unreadable = [e.path for e, ok in zip(entries, readable) if not ok]
+      readable = list(pool.map(self._is_readable, used))
+    unreadable = [p for p, ok in zip(used, readable) if not ok]
     summary = (
       f"{len(paths)} pictures in {self.folder}, of which"
-      f" {len(paths) - len(entries)} have no caption and {len(unreadable)} no"
+      f" {len(paths) - len(used)} have no caption and {len(unreadable)} no"
       " readable header"
     )
-    if len(unreadable) == len(entries):
+    if len(unreadable) == len(used):
       raise UserError(
         f"nothing to train on: {summary}; captions come from a .txt file beside"
         f" each picture or from {' or '.join(_METADATA)}"
       )
-    if len(entries) - len(unreadable) < len(paths):
+    if len(used) - len(unreadable) < len(paths):
       some = f" ({', '.join(unreadable[:3])})" if unreadable else ""
       logging.warning("%s%s: these are left out", summary, some)
-    return sorted(
-      itertools.compress(entries, readable),
-      key=lambda entry: _hash("order", entry.path),
-    )
+    kept = list(itertools.compress(used, readable))
+    left_out = {
+      NO_CAPTION: len(paths) - len(used),
+      preprocess.BROKEN: len(unreadable),
+    }
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    return _Rows(self.folder, kept, texts, left_out)
 
-  def _is_readable(self, entry: _Entry) -> bool:
+  def _is_readable(self, path: str) -> bool:
     try:
-      with open(os.path.join(self.folder, entry.path), "rb") as file:
-        preprocess.open_picture(file, name=entry.path)
+      with open(os.path.join(self.folder, path), "rb") as file:
+        preprocess.open_picture(file, name=path)
     except (OSError, UserError):
       return False
     return True
 
 
-class _Records(Sequence[Record]):
-  """Records whose pictures are read from their files when asked for."""
+class _Rows:
+  """Files of a folder; see captioned.Rows."""
 
-  def __init__(self, folder: str, entries: Sequence[_Entry], flippable: bool):
-    self._folder = folder
-    self._entries = entries
-    self._flippable = flippable
-    self._stand_ins: dict[int, int] = {}  # of all that were read once
+  def __init__(
+    self,
+    folder: str,
+    paths: Sequence[str],
+    texts: Mapping[str, tuple[str, ...]],
+    left_out: Mapping[str, int],
+  ):
+    self.name = folder
+    self.left_out = left_out
+    self.splits = {"train": range(len(paths))}
+    self._paths = paths
+    self._texts = texts
 
-  def __len__(self) -> int:
-    return len(self._entries)
+  def key(self, row: int) -> str:
+    return self._paths[row]
 
-  def __getitem__(self, index: int) -> Record:
-    N = len(self._entries)
-    index = range(N)[index]
-    if index not in self._stand_ins:
-      turns = ((index + turn) % N for turn in range(N))
-      whole = next((i for i in turns if self._is_whole(i)), None)
-      if whole is None:
-        raise UserError(f"no picture in {self._folder} can be decoded any more")
-      self._stand_ins[index] = whole
-    return self._read(self._stand_ins[index])
+  def texts(self, row: int) -> Sequence[str]:
+    return self._texts[self._paths[row]]
 
-  def _is_whole(self, index: int) -> bool:
-    if index in self._stand_ins:
-      return self._stand_ins[index] == index
+  def image(self, row: int) -> bytes:
+    path = self._paths[row]
     try:
-      record = self._read(index)
-      preprocess.decode(record.image, name=record.code_point)
-    except (OSError, UserError) as e:
-      logging.warning("another picture stands in for a damaged one: %s", e)
-      return False
-    return True
-
-  def _read(self, index: int) -> Record:
-    path, captions = self._entries[index]
-    with open(os.path.join(self._folder, path), "rb") as file:
-      image = file.read()
-    return Record(
-      image=image,
-      code_point=path,
-      name=captions[0],
-      group=os.path.dirname(path),
-      captions=captions,
-      flippable=self._flippable,
-    )
+      with open(os.path.join(self.name, path), "rb") as file:
+        captioned.check_size(os.fstat(file.fileno()).st_size, key=path)
+        return file.read()
+    except OSError as e:
+      raise BrokenRecord(captioned.UNREADABLE, str(e)) from e
 
 
 def _find(root: str) -> list[str]:
@@ -229,13 +146,15 @@ def _captions(folder: str, paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
       f"{folder} holds both {' and '.join(found)}: delete one of them"
     )
   if not found:
-    return {p: _clean(_text_beside(folder, p).splitlines()) for p in paths}
+    return {
+      p: captioned.clean(_text_beside(folder, p).splitlines()) for p in paths
+    }
   texts = defaultdict(list)
   for row in _rows(os.path.join(folder, found[0])):
     name, text = row.get("file_name"), row.get("text")
     if isinstance(name, str) and isinstance(text, str):
-      texts[_composed(os.path.normpath(name))].append(text)
-  return {p: _clean(texts[_composed(p)]) for p in paths}
+      texts[captioned.composed(os.path.normpath(name))].append(text)
+  return {p: captioned.clean(texts[captioned.composed(p)]) for p in paths}
 
 
 def _text_beside(folder: str, path: str) -> str:
@@ -243,7 +162,7 @@ def _text_beside(folder: str, path: str) -> str:
   name = os.path.join(folder, os.path.splitext(path)[0] + ".txt")
   try:
     with open(name, encoding="utf-8-sig", errors="replace") as file:
-      return file.read(_MAX_CHARS)
+      return file.read(captioned.MAX_CHARS)
   except OSError:
     return ""
 
@@ -262,24 +181,3 @@ def _rows(path: str) -> Iterator[Mapping[str, Any]]:
         continue
       if isinstance(row, dict):
         yield row
-
-
-def _clean(texts: Sequence[str]) -> tuple[str, ...]:
-  """Texts with single spaces; those that say nothing are dropped."""
-  lines = (" ".join(text[:_MAX_CHARS].split()) for text in texts)
-  return tuple(
-    line
-    for line in lines
-    if any(c.isprintable() and not c.isspace() for c in line)
-  )
-
-
-def _composed(path: str) -> str:
-  """The one form of a name; some systems store accents apart."""
-  return unicodedata.normalize("NFC", path)
-
-
-def _hash(purpose: str, path: str) -> bytes:
-  # Names need not be valid text.
-  name = _composed(path).encode("utf-8", "surrogateescape")
-  return hashlib.sha256(f"{purpose} ".encode() + name).digest()

@@ -8,14 +8,20 @@ global batch. So a run resumes at any step, on any number of hosts and
 threads, from `step` alone; the concatenated batches of the hosts are the
 batch of one host.
 
+A record that cannot be used is a hole in the source, not in the order: the next
+whole one of the split stands at its place, always the same. They are counted,
+and too many of them stop the run.
+
 Grain's MapDataset supplies the permutations (an index shuffle without a
 table), the generators and the prefetching threads.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +30,7 @@ from absl import logging
 
 from unclip_jax.data import tokenizers
 from unclip_jax.data.preprocess import Preprocess
-from unclip_jax.data.source import Record, Source
+from unclip_jax.data.source import NO_CAPTION, BrokenRecord, Record, Source
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils.errors import UserError
 
@@ -46,7 +52,8 @@ class DataPipeline:
   A batch holds image, clip_image and low_res (those that `preprocess` asks
   for) float32 [B, H, W, 3] in [-1, 1]; text_tokens int32 [B, L]; text_mask
   bool [B, L]; index int32 [B], the position in the split; mask bool [B],
-  False at padding rows.
+  False at padding rows; and the `arrays` of the records under their names,
+  float16 as float32.
 
   Fields:
     source: the pictures.
@@ -56,6 +63,8 @@ class DataPipeline:
     num_threads: threads that prepare batches; the result does not depend on
       it.
     prefetch: batches that may be ready ahead.
+    max_broken: share of a split's records that may be found broken; more than
+      these (one in any case) stop the run.
   """
 
   source: Source
@@ -64,6 +73,7 @@ class DataPipeline:
   tokenizer_path: str | None = None
   num_threads: int = 2
   prefetch: int = 4
+  max_broken: float = 0.05
 
   @classmethod
   def from_config(
@@ -74,7 +84,7 @@ class DataPipeline:
     Args:
       config_data: has source_name (a module with a `Source`), source and
         preprocess (their fields), and optionally tokenizer (a path, as
-        `tokenizers.load` takes it).
+        `tokenizers.load` takes it) and max_broken.
       seed: of the order and the augmentations.
       assets_dir: a folder with the tokenizer that must be used, such as that
         of a frozen CLIP; it wins over config.data.tokenizer.
@@ -98,7 +108,8 @@ class DataPipeline:
         preprocess.image_size,
       )
     path = assets_dir or config_data.get("tokenizer")
-    return cls(source, preprocess, seed, path)
+    max_broken = config_data.get("max_broken", cls.max_broken)
+    return cls(source, preprocess, seed, path, max_broken=max_broken)
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -127,7 +138,7 @@ class DataPipeline:
       process_count: how many there are; divides global_batch.
 
     Raises:
-      UserError: global_batch does not divide, or the data is damaged.
+      UserError: global_batch does not divide, or too many records are broken.
     """
     import grain
 
@@ -198,6 +209,11 @@ class DataPipeline:
       "index": ((batch_size,), np.int32),
       "mask": ((batch_size,), np.bool_),
     }
+    arrays = getattr(self.source, "array_shapes", {})
+    shapes |= {
+      name: ((batch_size, *x.shape), _widened(x.dtype))
+      for name, x in arrays.items()
+    }
     return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}
 
   def assets(self) -> dict[str, str]:
@@ -207,7 +223,7 @@ class DataPipeline:
   def example_info(self, index: int, split: str) -> dict[str, Any]:
     """What is known of a position: code_point, name, group, captions and the
     record's own `info`."""
-    record = self._examples(split).records[index]
+    record = self._examples(split).whole(index)[0]
     return {
       "code_point": record.code_point,
       "name": record.name,
@@ -216,6 +232,10 @@ class DataPipeline:
       **record.info,
     }
 
+  def broken_records(self, split: str) -> dict[str, int]:
+    """Reason -> number of the broken records that this process came across."""
+    return dict(self._examples(split).reasons)
+
   @functools.cached_property
   def _open_splits(self) -> dict[str, _Examples]:
     return {}
@@ -223,7 +243,9 @@ class DataPipeline:
   def _examples(self, split: str) -> _Examples:
     if split not in self._open_splits:
       records = self.source.records(split)
-      self._open_splits[split] = _Examples(records, self.preprocess)
+      self._open_splits[split] = _Examples(
+        records, self.preprocess, split, self.max_broken
+      )
     return self._open_splits[split]
 
   def _collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
@@ -231,6 +253,12 @@ class DataPipeline:
     text_tokens, text_mask = self.tokenizer.encode(
       captions, self.preprocess.context_length
     )
+    shapes = [{k: np.shape(v) for k, v in x.items()} for x in examples]
+    if any(x != shapes[0] for x in shapes):
+      raise UserError(
+        "the records hold arrays of different names or shapes: compute them"
+        " anew, the same for all"
+      )
     batch = {
       name: np.stack([example[name] for example in examples])
       for name in examples[0]
@@ -241,8 +269,19 @@ class DataPipeline:
 class _Examples:
   """The examples of one split; keeps decoded pictures up to a bound."""
 
-  def __init__(self, records: Sequence[Record], preprocess: Preprocess):
+  def __init__(
+    self,
+    records: Sequence[Record],
+    preprocess: Preprocess,
+    split: str,
+    max_broken: float,
+  ):
     self.records = records
+    self.reasons: collections.Counter[str] = collections.Counter()
+    self._broken: set[int] = set()
+    self._lock = threading.Lock()
+    self._split = split
+    self._max_broken = max(1, int(max_broken * len(records)))
     self._preprocess = preprocess
     self._cache: dict[int, dict[str, np.ndarray]] = {}
     shapes = preprocess.picture_shapes(train=False).values()
@@ -251,17 +290,55 @@ class _Examples:
 
   def train(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
     """One augmented example."""
-    record = self.records[index]
-    pictures = self._pictures(index, record)
+    record, pictures = self.whole(index)
     example = self._preprocess.train_example(pictures, record, rng)
-    return _numbered(example, index, True)
+    return _completed(example, record, index, True)
 
   def evaluate(self, index: int, real: bool) -> dict[str, Any]:
     """One clean example; `real` is its `mask`."""
-    record = self.records[index]
-    pictures = self._pictures(index, record)
+    record, pictures = self.whole(index)
     example = self._preprocess.eval_example(pictures, record)
-    return _numbered(example, index, real)
+    return _completed(example, record, index, real)
+
+  def whole(self, index: int) -> tuple[Record, dict[str, np.ndarray]]:
+    """The record at a position, or the next that can be used; its pictures."""
+    N = len(self.records)
+    for turn in range(N):
+      place = (index + turn) % N
+      if place in self._broken:
+        continue
+      try:
+        record = self.records[place]
+        if not record.captions:
+          name = record.code_point
+          raise BrokenRecord(NO_CAPTION, f"{name!r} has no caption")
+        return record, self._pictures(place, record)
+      except BrokenRecord as e:
+        self._count(place, e)
+    raise UserError(f"no record of the split {self._split!r} can be used")
+
+  def _count(self, place: int, error: BrokenRecord) -> None:
+    with self._lock:
+      if place in self._broken:  # another thread was faster
+        return
+      self._broken.add(place)
+      self.reasons[error.reason] += 1
+      count = len(self._broken)
+      # Said of the first of its kind, and 1, 2, 4, 8, ... times.
+      if self.reasons[error.reason] == 1 or count & (count - 1) == 0:
+        logging.warning(
+          "others stand in for the broken records of %r, so far %s; the last:"
+          " %s",
+          self._split,
+          ", ".join(f"{n} ({reason})" for reason, n in self.reasons.items()),
+          error,
+        )
+      if count > self._max_broken:
+        raise UserError(
+          f"{count} of the {len(self.records)} records of {self._split!r} are"
+          " broken: mend the data, leave them out (unclip prepare_data), or"
+          f" raise config.data.max_broken; the last: {error}"
+        )
 
   def _pictures(self, index: int, record: Record) -> dict[str, np.ndarray]:
     # Two threads may decode the same picture at once: to the same pixels.
@@ -300,10 +377,25 @@ class _EvalBatches:
     return size if self.max_examples is None else min(size, self.max_examples)
 
 
-def _numbered(
-  example: dict[str, Any], index: int, real: bool
+def _completed(
+  example: dict[str, Any], record: Record, index: int, real: bool
 ) -> dict[str, Any]:
-  return {**example, "index": np.int32(index), "mask": np.bool_(real)}
+  """An example with its arrays, position and mask."""
+  example |= {"index": np.int32(index), "mask": np.bool_(real)}
+  clash = {*example, "text_tokens", "text_mask"} & set(record.arrays)
+  if clash:
+    raise UserError(
+      f"the records hold arrays named {', '.join(sorted(clash))}, as the"
+      " pipeline's own: rename them"
+    )
+  arrays = {
+    name: x.astype(_widened(x.dtype)) for name, x in record.arrays.items()
+  }
+  return {**example, **arrays}
+
+
+def _widened(dtype: np.dtype) -> np.dtype:
+  return np.dtype(np.float32) if dtype == np.float16 else dtype
 
 
 def _block(size: int, process_index: int, process_count: int) -> range:

@@ -16,21 +16,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unclip_jax.data import degradations
-from unclip_jax.data.source import Record
+from unclip_jax.data.source import BrokenRecord, Record
 from unclip_jax.utils.errors import UserError
 
 # Pillow itself only warns below 179 megapixels, which is a gigabyte decoded.
 _MAX_PIXELS = 16_000_000
 _MAX_ASPECT = 16
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# Reasons of BrokenRecord.
+BROKEN = "broken picture"
+TOO_LARGE = "over 16 megapixels"
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow raises of files that are not whole.
-_DAMAGED = (
-  OSError,
-  ValueError,
-  SyntaxError,
-  Image.DecompressionBombError,
-  Image.DecompressionBombWarning,
-)
+_DAMAGED = (OSError, ValueError, SyntaxError, *_BOMB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +57,10 @@ class Preprocess:
       none; DALLE2-pytorch uses 0.5.
     blur_kernel: width of the blur in pixels (unCLIP: 3).
     blur_sigma: its standard deviation in pixels (unCLIP: 0.6).
+    fast_jpeg: decode JPEGs at a half, a quarter or an eighth of their size (by
+      the DCT, as libjpeg does) where that is no smaller than any picture that
+      is asked for. Pixels then differ by a few levels from those that CLIP's
+      own preprocessing gives.
     bsr_prob: probability that `low_res` is made from `image` by the BSR
       degradation (data/degradations.py) instead, in training; 1 for unCLIP's
       second upsampler.
@@ -75,6 +77,7 @@ class Preprocess:
   blur_kernel: int = 3
   blur_sigma: float = 0.6
   bsr_prob: float = 0.0
+  fast_jpeg: bool = False
 
   def __post_init__(self):
     where = "config.data.preprocess"
@@ -134,10 +137,14 @@ class Preprocess:
       image, clip_image, low_res (those that there are), uint8 [S, S, 3].
 
     Raises:
-      UserError: the picture cannot be decoded.
+      BrokenRecord: the picture cannot be decoded.
     """
-    picture = decode(record.image, name=record.code_point)
     sizes = self._sizes()
+    picture = decode(
+      record.image,
+      name=record.code_point,
+      least=max(sizes.values()) if self.fast_jpeg else None,
+    )
     low_res_size = sizes.pop("low_res", None)
     pictures = {name: square(picture, size) for name, size in sizes.items()}
     if low_res_size is not None:
@@ -216,7 +223,10 @@ class Preprocess:
 
 def to_float(picture: np.ndarray) -> np.ndarray:
   """uint8 in [0, 255] to float32 in [-1, 1]."""
-  return picture.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+  values = picture.astype(np.float32)
+  values /= np.float32(127.5)  # in place: fresh memory costs more than this
+  values -= np.float32(1.0)
+  return values
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -224,7 +234,9 @@ def to_pil(image: np.ndarray) -> Image.Image:
   return Image.fromarray(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
-def decode(encoded: bytes, *, name: str) -> Image.Image:
+def decode(
+  encoded: bytes, *, name: str, least: int | None = None
+) -> Image.Image:
   """Decodes a picture of at most 16 megapixels, transparency on white.
 
   It is turned as its EXIF data says.
@@ -232,26 +244,34 @@ def decode(encoded: bytes, *, name: str) -> Image.Image:
   Args:
     encoded: PNG, JPEG or WEBP.
     name: what messages call it.
+    least: pixels that suffice for the shorter side; JPEGs are then decoded at
+      the smallest size that libjpeg offers from there on.
 
   Returns:
     An RGB picture.
 
   Raises:
-    UserError: it is damaged, too large, or of another format.
+    BrokenRecord: it is damaged, too large, or of another format.
   """
   picture = open_picture(io.BytesIO(encoded), name=name)
   try:
+    if least is not None:
+      picture.draft(None, (least, least))  # does nothing to other formats
     picture.load()
   except _DAMAGED as e:
-    raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+    raise _broken(name, e) from e
   # Whatever junk in EXIF data raises: the picture then stays as it lies.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(picture, in_place=True)
+  if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+    high = np.asarray(picture) >> 8
+    picture = Image.fromarray(high.astype(np.uint8))
   if picture.has_transparency_data:
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture)
-  return picture.convert("RGB")
+  # Each copy of a large picture costs as much as a tenth of its decoding.
+  return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def open_picture(file: IO[bytes], *, name: str) -> Image.Image:
@@ -262,20 +282,29 @@ def open_picture(file: IO[bytes], *, name: str) -> Image.Image:
     name: what messages call it.
 
   Raises:
-    UserError: it is damaged, of more than 16 megapixels, or of another format.
+    BrokenRecord: it is damaged, of more than 16 megapixels, or of another
+      format.
   """
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", Image.DecompressionBombWarning)
       picture = Image.open(file, formats=_FORMATS)
   except _DAMAGED as e:
-    raise UserError(f"the picture {name!r} cannot be decoded: {e}") from e
+    raise _broken(name, e) from e
   if picture.width * picture.height > _MAX_PIXELS:
-    raise UserError(
+    raise BrokenRecord(
+      TOO_LARGE,
       f"the picture {name!r} has {picture.width} x {picture.height} pixels,"
-      f" more than {_MAX_PIXELS}: scale it down first"
+      f" more than {_MAX_PIXELS}: scale it down first",
     )
   return picture
+
+
+def _broken(name: str, error: Exception) -> BrokenRecord:
+  reason = TOO_LARGE if isinstance(error, _BOMB) else BROKEN
+  return BrokenRecord(
+    reason, f"the picture {name!r} cannot be decoded: {error}"
+  )
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
@@ -291,6 +320,8 @@ def square(picture: Image.Image, size: int) -> Image.Image:
   width, height = _enlarged(picture.size, size)
   if picture.size != (width, height):
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+  if (width, height) == (size, size):
+    return picture
   left, top = (width - size) // 2, (height - size) // 2
   return picture.crop((left, top, left + size, top + size))
 
@@ -327,5 +358,7 @@ def _no_strip(picture: Image.Image) -> Image.Image:
   width, height = picture.size
   width = min(width, _MAX_ASPECT * height)
   height = min(height, _MAX_ASPECT * width)
+  if (width, height) == picture.size:
+    return picture
   left, top = (picture.width - width) // 2, (picture.height - height) // 2
   return picture.crop((left, top, left + width, top + height))

@@ -10,9 +10,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from unclip_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+  import numpy as np
 
 SPLITS = ("train", "validation", "all")
+NO_CAPTION = "no caption"  # a reason of BrokenRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Record:
     captions: phrasings of the same content, the canonical one first.
     flippable: whether the mirrored picture still fits the captions.
     info: what else is known of it, for evaluators.
+    arrays: name -> array that goes into the batch under that name, such as an
+      `image_embed` [D] computed before; all records of a source hold the same.
   """
 
   image: bytes = dataclasses.field(repr=False)
@@ -36,13 +44,45 @@ class Record:
   captions: tuple[str, ...]
   flippable: bool
   info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Arrays have no one truth value by which records could be compared.
+  arrays: Mapping[str, np.ndarray] = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
+
+
+class ArrayShape(NamedTuple):
+  """Of an array of a record, without the batch."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class BrokenRecord(UserError):
+  """A record that cannot be used; the pipeline takes the next one for it."""
+
+  def __init__(self, reason: str, message: str):
+    """Args:
+    reason: a few words, the same for all of its kind, to count them by.
+    message: as that of any UserError.
+    """
+    super().__init__(reason, message)  # both, for pickle
+    self.reason = reason
+
+  def __str__(self) -> str:
+    return self.args[1]
 
 
 class Source(Protocol):
-  """Records in a fixed order."""
+  """Records in a fixed order.
+
+  One whose records hold `arrays` has a property `array_shapes`, which maps
+  their names to ArrayShapes.
+  """
 
   def records(self, split: str) -> Sequence[Record]:
     """The records of a split, at least of those in SPLITS; prepares at need.
+
+    Asking for one that cannot be used raises BrokenRecord.
 
     Raises:
       UserError: no such split, nothing in it, or damaged files.

@@ -9,7 +9,6 @@ splits) and use evaluators for it.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import pathlib
@@ -143,24 +142,6 @@ class Protocol(TypingProtocol):
     Raises:
       UserError: the model or the data lacks what it needs.
     """
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-  """NAME=VALUE, the value in Python's notation or a plain text -> fields.
-
-  Raises:
-    UserError: there is no "=".
-  """
-  fields = {}
-  for option in options:
-    name, equals, text = option.partition("=")
-    if not equals:
-      raise errors.UserError(f"--option {option} is not NAME=VALUE")
-    try:
-      fields[name] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      fields[name] = text
-  return fields
 
 
 def measure(

@@ -12,6 +12,7 @@ The argument grammar, `FILE.py:quick,size=tiny`, is that of big_vision
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -176,7 +177,10 @@ def apply_overrides(
   Args:
     config: may be locked; is left as it was in this respect.
     overrides: dotted name -> text, for example {"optim.lr": "1e-4"}. The text
-      gets the type of the value that is there; "None" is None everywhere.
+      gets the type of the value that is there; "None" is None everywhere;
+      several texts may be given as "a,b". A mapping, as in
+      {"data.source": "{'folder': 'a'}"}, takes the place of a whole group of
+      fields.
 
   Returns:
     The same config.
@@ -195,6 +199,9 @@ def apply_overrides(
         f"the config has no field {name!r}{suggest(name, leaves(config))}"
       )
     old = group[last]
+    if isinstance(old, ConfigDict) and text.lstrip().startswith("{"):
+      group[last] = ConfigDict(_read(text, old, f"config.{name}"))
+      continue
     if isinstance(old, ConfigDict):
       raise UserError(
         f"config.{name} is a group of fields, set one of them:"
@@ -203,6 +210,30 @@ def apply_overrides(
     with group.ignore_type():
       group[last] = _read(text, old, f"config.{name}")
   return config
+
+
+def fields_from_text(
+  cls: type, texts: Mapping[str, str], *, where: str
+) -> dict[str, Any]:
+  """Fields of a dataclass from the command line.
+
+  Args:
+    cls: the dataclass; a text gets the type of the field's default.
+    texts: name -> text.
+    where: what messages call the group of fields.
+
+  Raises:
+    UserError: an unknown field (the nearest is named), or text that cannot be
+      read as its type.
+  """
+  defaults = {
+    field.name: "" if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(cls)
+  }
+  for name in texts:
+    if name not in defaults:
+      raise UserError(f"{where} has no field {name!r}{suggest(name, defaults)}")
+  return {k: _read(v, defaults[k], f"{where}.{k}") for k, v in texts.items()}
 
 
 def instantiate(module_path: str, name: str, fields: Fields | None) -> Any:
@@ -380,6 +411,8 @@ def _read(text: str, old: Any, where: str) -> Any:
   except (ValueError, SyntaxError, OverflowError) as e:
     if old is None:
       return text
+    if old and isinstance(old, tuple) and all(isinstance(x, str) for x in old):
+      return tuple(text.split(","))
     kind = "whole number" if isinstance(old, int) else type(old).__name__
     raise UserError(f"{where} must be a {kind}, not {text!r}") from e
   if isinstance(old, (list, tuple)) and not isinstance(value, tuple):

@@ -34,7 +34,8 @@ from unclip_jax.utils.errors import UserError
 # Flags defined below count as the calling program's own in its --help.
 flags.disclaim_key_flags()
 
-_OVERRIDES = "config_override"
+# Of the flag behind --NAME.FIELD=VALUE, after its name.
+_OVERRIDE = "_override"
 # Libraries whose progress messages (below a warning) are not for our users.
 _NOISY = (
   "absl",
@@ -52,13 +53,32 @@ _ABSL_REQUIRED = (
 )
 
 
+class FieldsFlag:
+  """What `--NAME.FIELD=VALUE` said, once or several times."""
+
+  def __init__(self, name: str, help_text: str):
+    self._name = name
+    self._flag = flags.DEFINE_multi_string(f"{name}{_OVERRIDE}", [], help_text)
+
+  @property
+  def arguments(self) -> list[str]:
+    """The flags as they were given, for another process."""
+    return [f"--{self._name}.{item}" for item in self._flag.value]
+
+  @property
+  def value(self) -> dict[str, str]:
+    """Field -> text."""
+    items = [item.partition("=") for item in self._flag.value]
+    return {name: text for name, _, text in items}
+
+
 class ConfigFlag:
   """The value of `--config`, read once when it is first asked for."""
 
   def __init__(
     self,
     path: flags.FlagHolder[str],
-    overrides: flags.FlagHolder[list[str]],
+    overrides: FieldsFlag,
   ):
     self._path = path
     self._overrides = overrides
@@ -68,7 +88,7 @@ class ConfigFlag:
     """The flags as they were given, for another process."""
     return [
       f"--config={self._path.value}",
-      *(f"--config.{override}" for override in self._overrides.value),
+      *self._overrides.arguments,
     ]
 
   @functools.cached_property
@@ -89,9 +109,7 @@ class ConfigFlag:
     self, config: ml_collections.ConfigDict
   ) -> ml_collections.ConfigDict:
     """Another config with the overrides put in."""
-    items = [item.partition("=") for item in self._overrides.value]
-    overrides = {name: text for name, _, text in items}
-    return config_lib.apply_overrides(config, overrides)
+    return config_lib.apply_overrides(config, self._overrides.value)
 
 
 def check_folder(flag: str, path: str) -> None:
@@ -112,8 +130,8 @@ def config_flag(*, required: bool = True) -> ConfigFlag:
     " with --config.NAME=VALUE.",
     required=required,
   )
-  overrides = flags.DEFINE_multi_string(
-    _OVERRIDES, [], "NAME=VALUE; what --config.NAME=VALUE stands for."
+  overrides = FieldsFlag(
+    "config", "NAME=VALUE; what --config.NAME=VALUE stands for."
   )
   return ConfigFlag(path, overrides)
 
@@ -166,19 +184,19 @@ def _parse_flags(argv: Sequence[str], argument: str | None) -> None:
 
 def _rewrite_overrides(argv: Sequence[str]) -> list[str]:
   """`--config.a.b=v`, `--config.a.b v` or `--config.a.b` (true) for absl."""
-  if _OVERRIDES not in flags.FLAGS:
-    return list(argv)
+  known = [f.removesuffix(_OVERRIDE) for f in flags.FLAGS if _OVERRIDE in f]
+  pattern = rf"--?({'|'.join(known)})\.([^=]+)(=.*)?$"
   rewritten: list[str] = []
   args = list(argv)
   while args:
     arg = args.pop(0)
-    match = re.match(r"--?config\.([^=]+)(=.*)?$", arg, re.DOTALL)
+    match = re.match(pattern, arg, re.DOTALL) if known else None
     if match:
-      name, value = match.groups()
+      flag, name, value = match.groups()
       if value is None:
         takes_next = bool(args) and not args[0].startswith("--")
         value = "=" + (args.pop(0) if takes_next else "true")
-      arg = f"--{_OVERRIDES}={name}{value}"
+      arg = f"--{flag}{_OVERRIDE}={name}{value}"
     rewritten.append(arg)
   return rewritten
 
