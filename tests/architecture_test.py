@@ -51,6 +51,9 @@ ALLOWED["inference"] = {
   "tensor_files",
 }
 ALLOWED["interop"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["embeddings"] = {
+  *("data", "metrics", "partitioning", "upstream", "utils"),
+}
 ALLOWED["protocols"] = {"evaluators", "metrics", "data", "utils"}
 ALLOWED["manipulations"] = {"data", "metrics", "tensor_files", "utils"}
 ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}

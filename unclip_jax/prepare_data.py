@@ -2,6 +2,8 @@ r"""Prepare a dataset ahead of its first use: any source, or the emoji.
 
   unclip prepare_data --source unclip_jax.data.tar --source.path='tars/*.tar' \
     --out prepared [--min_size=64 --max_size=512]
+  unclip prepare_data --embed prepared --clip runs/clip --out embedded \
+    [--num_captions=5 --text_encodings --process_id=0 --num_processes=4]
   unclip prepare_data --image_size=64 [--styles] [--data_dir=DIR]
 
 The first writes the records of a source (a module with a `Source`, whose fields
@@ -10,7 +12,11 @@ used; it says how many they are and why. To train on them, set
 config.data.source_name to unclip_jax.data.prepared and config.data.source to
 {'folder': OUT}. Killed, it goes on when it is called again.
 
-The second, without --source, rasterises the emoji dataset, as its first use
+The second puts a CLIP's embeddings into the records of a prepared folder
+(unclip_jax/embeddings.py); training then takes them from there. Several
+processes, anywhere, may share the work: the same call, another --process_id.
+
+The third, without both, rasterises the emoji dataset, as its first use
 would do too; with --styles that of emoji_styles: four more styles, which npm
 fetches, or which --npm_dir holds.
 """
@@ -19,6 +25,7 @@ from __future__ import annotations
 
 from absl import flags
 
+from unclip_jax import embeddings
 from unclip_jax.data import emoji, emoji_styles, preparing
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import programs
@@ -51,6 +58,28 @@ PROCESSES = flags.DEFINE_integer(
   "processes", None, "That work at once; one for each core if unset.", 1
 )
 
+EMBED = flags.DEFINE_string(
+  "embed", None, "Prepared folder whose records get embeddings."
+)
+CLIP = flags.DEFINE_string(
+  "clip", None, "Of --embed: run folder or model part of the CLIP."
+)
+NUM_CAPTIONS = flags.DEFINE_integer(
+  "num_captions", 1, "Of --embed: captions of a record that are kept.", 1
+)
+TEXT_ENCODINGS = flags.DEFINE_bool(
+  "text_encodings", False, "Of --embed: store the states of captions too."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 64, "Of --embed: records at once.", 1
+)
+PROCESS_ID = flags.DEFINE_integer(
+  "process_id", 0, "Of --embed: which process this is.", 0
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", 1, "Of --embed: how many there are.", 1
+)
+
 DATA_DIR = flags.DEFINE_string(
   "data_dir",
   None,
@@ -71,6 +100,9 @@ NPM_DIR = flags.DEFINE_string(
 
 
 def main() -> None:
+  if EMBED.value is not None:
+    embed()
+    return
   if SOURCE.value is None:
     fields = dict(
       data_dir=DATA_DIR.value, image_size=IMAGE_SIZE.value, limit=LIMIT.value
@@ -105,6 +137,29 @@ def main() -> None:
   )
   index = preparing.prepare(plan, OUT.value, num_processes=PROCESSES.value)
   print(preparing.report(index))
+
+
+def embed() -> None:
+  """Writes embeddings, or this process's part of them."""
+  if CLIP.value is None or OUT.value is None:
+    raise UserError("--clip=FOLDER and --out=FOLDER are required with --embed")
+  if PROCESS_ID.value >= NUM_PROCESSES.value:
+    raise UserError("--process_id must be below --num_processes")
+  programs.check_folder("out", OUT.value)
+  index = embeddings.write(
+    EMBED.value,
+    CLIP.value,
+    OUT.value,
+    num_captions=NUM_CAPTIONS.value,
+    text_encodings=TEXT_ENCODINGS.value,
+    batch_size=BATCH_SIZE.value,
+    process_index=PROCESS_ID.value,
+    process_count=NUM_PROCESSES.value,
+  )
+  if index is None:
+    print("this part is done; whoever ends last writes the index")
+  else:
+    print(preparing.report(index))
 
 
 if __name__ == "__main__":

@@ -220,6 +220,17 @@ def setup(
   shardings = partitioning.frozen_shardings(frozen, config.sharding, mesh)
   place = partitioning.as_shapes if abstract else jax.device_put
   frozen = place(frozen, shardings)
+  data = data_pipeline.DataPipeline.from_config(
+    config.data, seed=config.seed, assets_dir=assets_dir
+  )
+  for name, fingerprint in data.made_by.items():
+    model = models.get(name)
+    if model and model.fingerprint not in ("", fingerprint):
+      raise errors.UserError(
+        f"the data's stored arrays come from the {name} {fingerprint}, but"
+        f" '{config.frozen[name].path}' holds the {name} {model.fingerprint}:"
+        " compute them anew, or set config.data.stored_arrays=false"
+      )
   tx, learning_rate = optim.make_optimizer(config.optim, config.num_steps)
   return Setup(
     config=config,
@@ -232,9 +243,7 @@ def setup(
     init_from=config_lib.construct(
       init_from.InitFrom, config.get("init_from"), where="config.init_from"
     ),
-    data=data_pipeline.DataPipeline.from_config(
-      config.data, seed=config.seed, assets_dir=assets_dir
-    ),
+    data=data,
     mesh=mesh,
     backend=partitioning.make_backend(config.parallel, mesh),
     frozen=frozen,

@@ -22,7 +22,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,14 @@ from absl import logging
 
 from unclip_jax.data import tokenizers
 from unclip_jax.data.preprocess import Preprocess
-from unclip_jax.data.source import NO_CAPTION, BrokenRecord, Record, Source
+from unclip_jax.data.source import (
+  CAPTION_ARRAYS,
+  NO_CAPTION,
+  ArrayShape,
+  BrokenRecord,
+  Record,
+  Source,
+)
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils.errors import UserError
 
@@ -52,8 +59,8 @@ class DataPipeline:
   A batch holds image, clip_image and low_res (those that `preprocess` asks
   for) float32 [B, H, W, 3] in [-1, 1]; text_tokens int32 [B, L]; text_mask
   bool [B, L]; index int32 [B], the position in the split; mask bool [B],
-  False at padding rows; and the `arrays` of the records under their names,
-  float16 as float32.
+  False at padding rows; and the stored `arrays` of the records under their
+  names, float16 as float32, of CAPTION_ARRAYS the row of the example's caption.
 
   Fields:
     source: the pictures.
@@ -65,6 +72,8 @@ class DataPipeline:
     prefetch: batches that may be ready ahead.
     max_broken: share of a split's records that may be found broken; more than
       these (one in any case) stop the run.
+    stored_arrays: whether batches hold the records' arrays. With a stored
+      image_embed there is no clip_image.
   """
 
   source: Source
@@ -74,6 +83,7 @@ class DataPipeline:
   num_threads: int = 2
   prefetch: int = 4
   max_broken: float = 0.05
+  stored_arrays: bool = True
 
   @classmethod
   def from_config(
@@ -84,7 +94,7 @@ class DataPipeline:
     Args:
       config_data: has source_name (a module with a `Source`), source and
         preprocess (their fields), and optionally tokenizer (a path, as
-        `tokenizers.load` takes it) and max_broken.
+        `tokenizers.load` takes it), max_broken and stored_arrays.
       seed: of the order and the augmentations.
       assets_dir: a folder with the tokenizer that must be used, such as that
         of a frozen CLIP; it wins over config.data.tokenizer.
@@ -108,8 +118,33 @@ class DataPipeline:
         preprocess.image_size,
       )
     path = assets_dir or config_data.get("tokenizer")
-    max_broken = config_data.get("max_broken", cls.max_broken)
-    return cls(source, preprocess, seed, path, max_broken=max_broken)
+    options = {
+      name: config_data[name]
+      for name in ("max_broken", "stored_arrays")
+      if name in config_data
+    }
+    pipeline = cls(source, preprocess, seed, path, **options)
+    if "image_embed" in pipeline.array_shapes:
+      preprocess = dataclasses.replace(preprocess, clip_image_size=None)
+      pipeline = dataclasses.replace(pipeline, preprocess=preprocess)
+    return pipeline
+
+  @property
+  def array_shapes(self) -> dict[str, ArrayShape]:
+    """Name -> shape and dtype of the stored arrays of an example."""
+    if not self.stored_arrays:
+      return {}
+    return {
+      name: ArrayShape(
+        x.shape[1:] if name in CAPTION_ARRAYS else x.shape, _widened(x.dtype)
+      )
+      for name, x in getattr(self.source, "array_shapes", {}).items()
+    }
+
+  @property
+  def made_by(self) -> Mapping[str, str]:
+    """Upstream model -> fingerprint of the one that stored arrays come from."""
+    return getattr(self.source, "made_by", {}) if self.stored_arrays else {}
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -209,10 +244,9 @@ class DataPipeline:
       "index": ((batch_size,), np.int32),
       "mask": ((batch_size,), np.bool_),
     }
-    arrays = getattr(self.source, "array_shapes", {})
     shapes |= {
-      name: ((batch_size, *x.shape), _widened(x.dtype))
-      for name, x in arrays.items()
+      name: ((batch_size, *x.shape), x.dtype)
+      for name, x in self.array_shapes.items()
     }
     return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}
 
@@ -244,7 +278,7 @@ class DataPipeline:
     if split not in self._open_splits:
       records = self.source.records(split)
       self._open_splits[split] = _Examples(
-        records, self.preprocess, split, self.max_broken
+        records, self.preprocess, split, self.max_broken, self.stored_arrays
       )
     return self._open_splits[split]
 
@@ -275,8 +309,10 @@ class _Examples:
     preprocess: Preprocess,
     split: str,
     max_broken: float,
+    stored_arrays: bool,
   ):
     self.records = records
+    self._stored_arrays = stored_arrays
     self.reasons: collections.Counter[str] = collections.Counter()
     self._broken: set[int] = set()
     self._lock = threading.Lock()
@@ -292,13 +328,13 @@ class _Examples:
     """One augmented example."""
     record, pictures = self.whole(index)
     example = self._preprocess.train_example(pictures, record, rng)
-    return _completed(example, record, index, True)
+    return self._completed(example, record, index, True)
 
   def evaluate(self, index: int, real: bool) -> dict[str, Any]:
     """One clean example; `real` is its `mask`."""
     record, pictures = self.whole(index)
     example = self._preprocess.eval_example(pictures, record)
-    return _completed(example, record, index, real)
+    return self._completed(example, record, index, real)
 
   def whole(self, index: int) -> tuple[Record, dict[str, np.ndarray]]:
     """The record at a position, or the next that can be used; its pictures."""
@@ -316,6 +352,25 @@ class _Examples:
       except BrokenRecord as e:
         self._count(place, e)
     raise UserError(f"no record of the split {self._split!r} can be used")
+
+  def _completed(
+    self, example: dict[str, Any], record: Record, index: int, real: bool
+  ) -> dict[str, Any]:
+    """An example with its arrays, position and mask."""
+    example |= {"index": np.int32(index), "mask": np.bool_(real)}
+    if not self._stored_arrays:
+      return example
+    clash = {*example, "text_tokens", "text_mask"} & set(record.arrays)
+    if clash:
+      raise UserError(
+        f"the records hold arrays named {', '.join(sorted(clash))}, as the"
+        " pipeline's own: rename them"
+      )
+    for name, array in record.arrays.items():
+      if name in CAPTION_ARRAYS:
+        array = array[record.captions.index(example["caption"])]
+      example[name] = array.astype(_widened(array.dtype))
+    return example
 
   def _count(self, place: int, error: BrokenRecord) -> None:
     with self._lock:
@@ -375,23 +430,6 @@ class _EvalBatches:
   def _size(self) -> int:
     size = len(self.examples.records)
     return size if self.max_examples is None else min(size, self.max_examples)
-
-
-def _completed(
-  example: dict[str, Any], record: Record, index: int, real: bool
-) -> dict[str, Any]:
-  """An example with its arrays, position and mask."""
-  example |= {"index": np.int32(index), "mask": np.bool_(real)}
-  clash = {*example, "text_tokens", "text_mask"} & set(record.arrays)
-  if clash:
-    raise UserError(
-      f"the records hold arrays named {', '.join(sorted(clash))}, as the"
-      " pipeline's own: rename them"
-    )
-  arrays = {
-    name: x.astype(_widened(x.dtype)) for name, x in record.arrays.items()
-  }
-  return {**example, **arrays}
 
 
 def _widened(dtype: np.dtype) -> np.dtype:

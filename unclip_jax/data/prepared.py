@@ -67,12 +67,15 @@ class Index:
     splits: name -> its shards.
     left_out: split, or BEFORE -> reason -> how many.
     arrays: name -> shape and dtype of the records' arrays.
+    made_by: name of an upstream model -> fingerprint of the one that the arrays
+      come from.
   """
 
   made_from: Mapping[str, Any]
   splits: Mapping[str, Sequence[Shard]]
   left_out: Mapping[str, Mapping[str, int]]
   arrays: Mapping[str, ArrayShape]
+  made_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> str:
     """The text of index.json."""
@@ -85,6 +88,7 @@ class Index:
         name: {"shape": x.shape, "dtype": np.dtype(x.dtype).str}
         for name, x in self.arrays.items()
       },
+      "made_by": self.made_by,
       "splits": {
         name: [dataclasses.asdict(shard) for shard in shards]
         for name, shards in self.splits.items()
@@ -124,6 +128,7 @@ def read_index(folder: str) -> Index:
         name: ArrayShape(tuple(x["shape"]), np.dtype(x["dtype"]))
         for name, x in fields["arrays"].items()
       },
+      made_by=fields["made_by"],
     )
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise UserError(f"{path} is damaged ({e}): prepare the folder anew") from e
@@ -168,6 +173,11 @@ class Source:
   def array_shapes(self) -> Mapping[str, ArrayShape]:
     """Name -> shape and dtype of the records' arrays."""
     return self.index.arrays
+
+  @property
+  def made_by(self) -> Mapping[str, str]:
+    """Upstream model -> fingerprint of the one that the arrays come from."""
+    return self.index.made_by
 
   @functools.cached_property
   def index(self) -> Index:

@@ -199,7 +199,7 @@ def _is_whole(out: str, made_from: Mapping[str, Any]) -> bool:
   if not os.path.isfile(os.path.join(out, prepared.INDEX_FILE)):
     return False
   index = prepared.read_index(out)
-  _check_plan(index.made_from, made_from, out)
+  check_plan(index.made_from, made_from, out)
   for shard in (shard for shards in index.splits.values() for shard in shards):
     path = os.path.join(out, shard.file)
     if not os.path.isfile(path) or prepared.sha256(path) != shard.sha256:
@@ -208,9 +208,10 @@ def _is_whole(out: str, made_from: Mapping[str, Any]) -> bool:
   return True
 
 
-def _check_plan(
+def check_plan(
   found: Mapping[str, Any], wanted: Mapping[str, Any], out: str
 ) -> None:
+  """Raises UserError if what `out` was made of is not what is wanted."""
   differences = config_lib.diff(found, wanted)
   if differences:
     raise UserError(
@@ -223,7 +224,7 @@ def _keep_plan(parts: str, made_from: Mapping[str, Any]) -> None:
   path = os.path.join(parts, _PLAN)
   if os.path.isfile(path):
     with open(path, encoding="utf-8") as file:
-      _check_plan(json.load(file), made_from, os.path.dirname(parts))
+      check_plan(json.load(file), made_from, os.path.dirname(parts))
   files.write_atomically(path, json.dumps(made_from))
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
   import numpy as np
 
 SPLITS = ("train", "validation", "all")
+# Arrays with a row for each caption, of which an example has its own.
+CAPTION_ARRAYS = ("text_embed", "text_encodings")
 NO_CAPTION = "no caption"  # a reason of BrokenRecord
 
 
@@ -33,6 +35,7 @@ class Record:
     captions: phrasings of the same content, the canonical one first.
     flippable: whether the mirrored picture still fits the captions.
     info: what else is known of it, for evaluators.
+    arrays: what was computed of it before; of CAPTION_ARRAYS a row a caption.
     arrays: name -> array that goes into the batch under that name, such as an
       `image_embed` [D] computed before; all records of a source hold the same.
   """
@@ -76,7 +79,8 @@ class Source(Protocol):
   """Records in a fixed order.
 
   One whose records hold `arrays` has a property `array_shapes`, which maps
-  their names to ArrayShapes.
+  their names to ArrayShapes, and may have `made_by`, which maps the name of an
+  upstream model to the fingerprint of the one that they come from.
   """
 
   def records(self, split: str) -> Sequence[Record]:

@@ -248,9 +248,8 @@ def text_states(
 
   Stored in the batch, both of them, or encoded.
   """
-  stored = batch.get("text_embed"), batch.get("text_encodings")
-  if all(x is not None for x in stored):
-    return stored
+  if "text_encodings" in batch:
+    return batch["text_embed"], batch["text_encodings"]
   return clip.encode_text(variables, batch["text_tokens"], batch["text_mask"])
 
 

@@ -96,9 +96,15 @@ class Task:
     )
 
   def _image_embed(self, frozen: base.Frozen, batch: base.Batch) -> jax.Array:
-    """The condition, standardised; a given `image_embed` goes before all."""
+    """The condition, standardised.
+
+    A given `image_embed` goes before all, unless it comes from data that have
+    `text_embed` too, and that is what the decoder stands on.
+    """
     clip, variables = self.upstream["clip"], frozen["clip"]
-    if "image_embed" not in batch and self.condition_on == "text_embed":
+    if self.condition_on == "text_embed" and (
+      "text_embed" in batch or "image_embed" not in batch
+    ):
       image_embed, _ = clip_task.text_states(clip, variables, batch)
     else:
       image_embed = clip_task.image_embed(clip, variables, batch)
