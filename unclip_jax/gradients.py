@@ -55,7 +55,7 @@ from jax.sharding import PartitionSpec as P
 
 from unclip_jax import optim, partitioning
 from unclip_jax.tasks import base as tasks_base
-from unclip_jax.utils import axes
+from unclip_jax.utils import axes, trees
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -67,6 +67,13 @@ class Gradients(NamedTuple):
   grads: PyTree  # as the parameters
   model_state: PyTree
   metrics: Metrics  # name -> []
+
+
+class _Devices(NamedTuple):
+  """Each of which goes through replicas of its own."""
+
+  mesh: Mesh
+  specs: PyTree  # of the parameters: a P for each
 
 
 class _Fixed(NamedTuple):
@@ -98,6 +105,7 @@ def make_gradients(
   num_microbatches: int = 1,
   sam: optim.Sam | None = None,
   mesh: Mesh | None = None,
+  sharding: partitioning.Rules = (("", "replicate"),),
   axis_name: str | None = None,
 ) -> GradientFn:
   """The pure function from parameters and a batch to `Gradients`.
@@ -113,6 +121,8 @@ def make_gradients(
     sam: None = off.
     mesh: gives SAM's replicas to its devices, if it divides them; else each
       replica lies where its rows are.
+    sharding: of the parameters on that mesh, by which the sum of what the
+      devices find is scattered.
     axis_name: of the devices under `jax.pmap`; None: there is one program for
       all devices.
   """
@@ -152,7 +162,7 @@ def make_gradients(
     fixed = _Fixed(model_state, frozen, step)
     if sam is not None:
       replicas = _replicas((batch, rngs), sam.replica_batch)
-      devices = _divided_by(mesh, replicas[1].shape[0])
+      devices = _divided_by(mesh, sharding, params, replicas[1].shape[0])
       if task.batch_coupled:
         return _cached_sam(
           encode, coupled_loss, sam, params, fixed, replicas, devices
@@ -244,7 +254,7 @@ def _cached(
   params: PyTree,
   fixed: PyTree,
   parts: PyTree,
-  mesh: Mesh | None = None,
+  devices: _Devices | None = None,
 ) -> Gradients:
   """Gradient of `loss(params, stacked encode(params, fixed, part))`.
 
@@ -255,10 +265,10 @@ def _cached(
     loss: of the outputs of all parts, stacked on a leading axis [n].
     fixed: arrays that `encode` needs and that have no gradient.
     parts: leading axis [n].
-    mesh: as in `_stacked`.
+    devices: as in `_stacked`.
   """
   # 1.
-  outputs = _stacked(encode, params, fixed, parts, mesh)
+  outputs = _stacked(encode, params, fixed, parts, devices)
   # 2.
   (grads, cotangents), aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(
     params, outputs
@@ -270,7 +280,14 @@ def _cached(
     _, vjp = jax.vjp(lambda params: encode(params, fixed, part), params)
     return vjp(cotangents)[0]
 
-  sums = _summed(through, params, fixed, (parts, cotangents), mesh)
+  sums = _summed(
+    through,
+    params,
+    fixed,
+    (parts, cotangents),
+    devices,
+    devices and devices.specs,
+  )
   return Gradients(_add(grads, sums), *aux)
 
 
@@ -280,7 +297,7 @@ def _sam(
   params: PyTree,
   fixed: _Fixed,
   replicas: tuple[PyTree, jax.Array],
-  mesh: Mesh | None,
+  devices: _Devices | None,
 ) -> Gradients:
   """Mean over replicas [R, rows, ...] of the gradients at w + e_r."""
 
@@ -291,7 +308,8 @@ def _sam(
     return _with_perturbed_loss(plain, sharp)
 
   R = replicas[1].shape[0]
-  sums = _summed(of_replica, params, fixed, replicas, mesh)
+  specs = devices and Gradients(devices.specs, P(), P())
+  sums = _summed(of_replica, params, fixed, replicas, devices, specs)
   return jax.tree.map(lambda x: x / R, sums)
 
 
@@ -302,7 +320,7 @@ def _cached_sam(
   params: PyTree,
   fixed: _Fixed,
   replicas: tuple[PyTree, jax.Array],
-  mesh: Mesh | None,
+  devices: _Devices | None,
 ) -> Gradients:
   """The same for a coupled loss: cached gradients, replica by replica."""
 
@@ -320,7 +338,7 @@ def _cached_sam(
     moved = _add(moving, sam.perturbation(*vjp(cotangents), fixed.step))
     return encode(moved, fixed, replica)
 
-  outputs = _stacked(encode, params, fixed, replicas, mesh)
+  outputs = _stacked(encode, params, fixed, replicas, devices)
   (grads, cotangents), aux = jax.grad(
     loss_of_all, argnums=(0, 1), has_aux=True
   )(params, outputs)
@@ -330,7 +348,7 @@ def _cached_sam(
     params,
     (params, fixed),
     (replicas, cotangents),
-    mesh,
+    devices,
   )
   return _with_perturbed_loss(Gradients(grads, *aux), sharp)
 
@@ -352,11 +370,20 @@ def _replicas(tree: PyTree, rows: int) -> PyTree:
   )
 
 
-def _divided_by(mesh: Mesh | None, count: int) -> Mesh | None:
+def _divided_by(
+  mesh: Mesh | None, sharding: partitioning.Rules, params: PyTree, count: int
+) -> _Devices | None:
   """The mesh, if each of its batch shards gets as many of `count` replicas."""
   if mesh is None or count % partitioning.num_batch_shards(mesh):
     return None
-  return mesh
+  shapes = {name: x.shape for name, x in trees.flatten(params).items()}
+  specs = partitioning.param_specs(shapes, sharding, mesh)
+  return _Devices(
+    mesh,
+    jax.tree_util.tree_map_with_path(
+      lambda path, _: specs[".".join(trees.path_names(path))], params
+    ),
+  )
 
 
 def _stacked(
@@ -364,19 +391,19 @@ def _stacked(
   params: PyTree,
   fixed: PyTree,
   parts: PyTree,
-  mesh: Mesh | None,
+  devices: _Devices | None,
 ) -> PyTree:
   """f(params, fixed, part) of all parts [n, ...], one after another: [n, ...].
 
-  With a mesh, each device does this to its own parts. `f` may close over no
-  array: inside and outside `jax.shard_map` arrays are of different kinds.
+  With devices, each does this to its own parts. `f` may close over no array:
+  inside and outside `jax.shard_map` arrays are of different kinds.
   """
 
   def own(params: PyTree, fixed: PyTree, parts: PyTree) -> PyTree:
     return jax.lax.map(functools.partial(f, params, fixed), parts)
 
-  if mesh is not None:
-    own = _by_devices(own, mesh, P(partitioning.BATCH_AXES))
+  if devices is not None:
+    own = _by_devices(own, devices.mesh, P(partitioning.BATCH_AXES))
   return own(params, fixed, parts)
 
 
@@ -385,9 +412,15 @@ def _summed(
   params: PyTree,
   fixed: PyTree,
   parts: PyTree,
-  mesh: Mesh | None,
+  devices: _Devices | None,
+  specs: PyTree | None,
 ) -> PyTree:
-  """The sum of what `_stacked` would give, without ever stacking it."""
+  """The sum of what `_stacked` would give, without ever stacking it.
+
+  Args:
+    specs: with devices, a prefix of the sum's tree: how it lies on the mesh, of
+      which the axes of the batch are heeded.
+  """
 
   def own(params: PyTree, fixed: PyTree, parts: PyTree) -> PyTree:
     of_part = functools.partial(f, params, fixed)
@@ -398,15 +431,45 @@ def _summed(
     sums, _ = jax.lax.scan(
       lambda sums, part: (_add(sums, of_part(part)), None), zeros, parts
     )
-    return sums if mesh is None else jax.lax.psum(sums, partitioning.BATCH_AXES)
+    return sums
 
-  if mesh is not None:
-    own = _by_devices(own, mesh, P())
-  return own(params, fixed, parts)
+  if devices is None:
+    return own(params, fixed, parts)
+  specs = jax.tree.map(_of_batch, specs)
+
+  def scattered(*args: PyTree) -> PyTree:
+    sums = own(*args)
+    return jax.tree.map(_scatter, sums, jax.tree.broadcast(specs, sums))
+
+  return _by_devices(scattered, devices.mesh, specs)(params, fixed, parts)
+
+
+def _of_batch(spec: P) -> P:
+  """What a spec says of the axes that the batch is split over."""
+  entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+  kept = [
+    tuple(name for name in entry if name in partitioning.BATCH_AXES)
+    for entry in entries
+  ]
+  return P(*(names or None for names in kept))
+
+
+def _scatter(x: jax.Array, spec: P) -> jax.Array:
+  """A device's part of the sum over all devices."""
+  left = partitioning.BATCH_AXES
+  for dimension, names in enumerate(spec):
+    if names is not None:
+      x = jax.lax.psum_scatter(
+        x, names, scatter_dimension=dimension, tiled=True
+      )
+      left = tuple(name for name in left if name not in names)
+  return jax.lax.psum(x, left)
 
 
 def _by_devices(
-  own: Callable[[PyTree, PyTree, PyTree], PyTree], mesh: Mesh, out_specs: P
+  own: Callable[[PyTree, PyTree, PyTree], PyTree],
+  mesh: Mesh,
+  out_specs: PyTree,
 ) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
   """own(params, fixed, parts) by each device, of the parts that it has.
 

@@ -89,6 +89,7 @@ def make_train_step(
   num_microbatches: int = 1,
   sam: optim.Sam | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  sharding: partitioning.Rules = (("", "replicate"),),
   axis_rules: axes.Rules | None = None,
   axis_name: str | None = None,
 ) -> TrainStep:
@@ -101,6 +102,7 @@ def make_train_step(
     sam: sharpness-aware minimisation; None = off.
     mesh: on which activations are placed, by `axis_rules`, and SAM's replicas;
       None: wherever they come to lie.
+    sharding: of the parameters on it; see gradients.py.
     axis_rules: logical axis -> mesh axes (utils/axes.py).
     axis_name: of the devices under `jax.pmap`, which has no mesh.
   """
@@ -109,6 +111,7 @@ def make_train_step(
     num_microbatches=num_microbatches,
     sam=sam,
     mesh=mesh,
+    sharding=sharding,
     axis_name=axis_name,
   )
 
@@ -181,6 +184,7 @@ class Setup:
       num_microbatches=self.config.num_microbatches,
       sam=self.sam,
       mesh=None if is_pmap else self.mesh,
+      sharding=self.config.get("optimizer_sharding") or self.config.sharding,
       axis_rules=self.axis_rules,
       axis_name=self.backend.axis_name,
     )
