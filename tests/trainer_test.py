@@ -238,3 +238,9 @@ def test_describe_counts_the_parameters():
   assert "mesh: data 1, fsdp 1, tensor 1" in text
   # params and EMA float32, two moments float32, step and counters.
   assert f"{16 * count / 2**20:,.1f} MiB state" in text
+
+
+def test_an_evaluator_is_switched_off():
+  config = smoke("clip", evals__zero_shot="{}")
+  built = trainer.build_evals(trainer.setup(config))
+  assert set(built) == set(config.evals) - {"zero_shot"}

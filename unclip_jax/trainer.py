@@ -603,6 +603,8 @@ def build_evals(run: Setup) -> dict[str, _Eval]:
   evals = {}
   for name, spec in config.evals.items():
     fields = dict(spec.items())
+    if not fields:  # switched off, by --config.evals.NAME={}
+      continue
     where = f"config.evals.{name}"
     pred = fields.pop("pred")
     if pred not in predict_fns:

@@ -277,8 +277,10 @@ def test_too_many_broken_records_stop_the_run(tmp_path):
   data = _listed(tmp_path, BROKEN)  # 5 % of 40 are 2
   with pytest.raises(UserError, match=r"3 of the 40 .* raise config"):
     list(data.eval_batches("all", 8))
-  with pytest.raises(UserError, match="are broken"):
+  with pytest.raises(UserError, match="of the 40"):  # in whatever thread
     next(data.train_batches(0, 400))
+  with pytest.raises(UserError, match="of the 40"):  # and stays so
+    next(data.train_batches(7, 1))
   # One may be broken in any case, unless nothing is left.
   assert len(
     list(_listed(tmp_path, (0,), max_broken=0.0).eval_batches("all", 8))

@@ -109,6 +109,35 @@ def test_killed_and_called_again_it_makes_the_same_files(tmp_path, whole):
   assert _files(out) == whole
 
 
+@pytest.mark.parametrize("stop_at", ["a shard", "the index", "the end"])
+def test_stopped_as_shards_are_put_in_place(tmp_path, monkeypatch, stop_at):
+  module, name, count = {
+    "a shard": (preparing.os, "replace", 3),
+    "the index": (preparing.files, "write_atomically", 1),
+    "the end": (preparing.shutil, "rmtree", 0),
+  }[stop_at]
+  real, calls = getattr(module, name), []
+
+  def stop(*args, **kwargs):
+    # The first call of the first two is that for the plan.
+    if len(calls) == count:
+      raise KeyboardInterrupt
+    calls.append(args)
+    return real(*args, **kwargs)
+
+  plan = _plan(records_per_shard=100)
+  expected = tmp_path / "expected"
+  preparing.prepare(plan, str(expected), num_processes=2)
+  out = tmp_path / "out"
+  with monkeypatch.context() as patch:
+    patch.setattr(module, name, stop)
+    with pytest.raises(KeyboardInterrupt):
+      preparing.prepare(plan, str(out), num_processes=2)
+  assert (out / "index.json").exists() == (stop_at == "the end")
+  preparing.prepare(plan, str(out), num_processes=2)
+  assert _files(out) == _files(expected)
+
+
 def test_processes_do_not_matter(tmp_path, whole):
   preparing.prepare(_plan(), str(tmp_path), num_processes=1)
   assert _files(tmp_path) == whole

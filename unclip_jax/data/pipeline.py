@@ -315,6 +315,7 @@ class _Examples:
     self._stored_arrays = stored_arrays
     self.reasons: collections.Counter[str] = collections.Counter()
     self._broken: set[int] = set()
+    self._too_many = ""  # the message that stops the run
     self._lock = threading.Lock()
     self._split = split
     self._max_broken = max(1, int(max_broken * len(records)))
@@ -338,6 +339,8 @@ class _Examples:
 
   def whole(self, index: int) -> tuple[Record, dict[str, np.ndarray]]:
     """The record at a position, or the next that can be used; its pictures."""
+    if self._too_many:  # found by whatever thread
+      raise UserError(self._too_many)
     N = len(self.records)
     for turn in range(N):
       place = (index + turn) % N
@@ -389,11 +392,12 @@ class _Examples:
           error,
         )
       if count > self._max_broken:
-        raise UserError(
+        self._too_many = (
           f"{count} of the {len(self.records)} records of {self._split!r} are"
           " broken: mend the data, leave them out (unclip prepare_data), or"
           f" raise config.data.max_broken; the last: {error}"
         )
+        raise UserError(self._too_many)
 
   def _pictures(self, index: int, record: Record) -> dict[str, np.ndarray]:
     # Two threads may decode the same picture at once: to the same pixels.

@@ -184,7 +184,9 @@ def _parse_flags(argv: Sequence[str], argument: str | None) -> None:
 
 def _rewrite_overrides(argv: Sequence[str]) -> list[str]:
   """`--config.a.b=v`, `--config.a.b v` or `--config.a.b` (true) for absl."""
-  known = [f.removesuffix(_OVERRIDE) for f in flags.FLAGS if _OVERRIDE in f]
+  known = [
+    f.removesuffix(_OVERRIDE) for f in flags.FLAGS if f.endswith(_OVERRIDE)
+  ]
   pattern = rf"--?({'|'.join(known)})\.([^=]+)(=.*)?$"
   rewritten: list[str] = []
   args = list(argv)
