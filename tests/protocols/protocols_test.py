@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests import random_pipelines
 from unclip_jax import features
+from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.evaluators import base as evaluators
 from unclip_jax.protocols import (
   aesthetic,
@@ -18,8 +19,10 @@ from unclip_jax.protocols import (
   diversity,
   guidance_sweep,
   prior_report,
+  scenes,
   typographic,
 )
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
 
@@ -76,6 +79,23 @@ def test_more_noise_is_more_diversity(subject):
   assert 0 < within[1] < within[2]
   assert set(result.pictures) == {
     f"prompt_0_guidance_{scale}" for scale in (1, 2, 4)
+  }
+
+
+def test_scenes_are_read_back(subject):
+  config = config_lib.load("configs/shapes/decoder.py:smoke")
+  data = data_pipeline.DataPipeline.from_config(config.data, seed=0)
+  made_up = dataclasses.replace(subject, pipe=Drawn(subject), data=data)
+  splits = ("validation", "unseen_pairs")
+  protocol = scenes.Protocol(splits, (1.0, 4.0), 12, 2, 2, num_grid=2)
+  result = protocol.run(made_up)
+  clean, unseen, noisy, _ = result.rows
+  assert clean["split"] == "validation" and unseen["split"] == "unseen_pairs"
+  assert clean["object"] == unseen["object"] == 1.0
+  assert noisy["object"] < 0.9
+  assert clean["within"] < noisy["within"] and "within" not in unseen
+  assert set(result.pictures) == {
+    f"{split}_guidance_{scale}" for split in splits for scale in (1, 4)
   }
 
 

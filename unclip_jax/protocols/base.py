@@ -37,7 +37,6 @@ class Plot(NamedTuple):
   x: str
   y: str
   group: str | None = None
-  log_x: bool = False
 
 
 class Result(NamedTuple):
@@ -218,8 +217,6 @@ def draw(rows: Sequence[Row], plot: Plot, path: pathlib.Path) -> bool:
       marker="o",
       label=group,
     )
-  if plot.log_x:
-    axes.set_xscale("log")
   axes.set_xlabel(plot.x.replace("_", " "))
   axes.set_ylabel(plot.y.replace("_", " "))
   axes.grid(alpha=0.3)
