@@ -50,7 +50,8 @@ class Evaluator:
     `fid`; `kid` with `kid_std` (100 subsets of 1000, or of all where there are
     fewer); `precision`, `recall`, `density` and `coverage`; where `predict`
     gives `logits_unbiased`, `inception_score` with `inception_score_std` (10
-    parts) and `inception_score_true`, that of the true pictures; `count`.
+    parts, or fewer of 1000 pictures) and `inception_score_true`, that of the
+    true pictures; `count`.
 
     Raises:
       UserError: too few examples, or the reference does not fit.
@@ -90,7 +91,7 @@ class Evaluator:
     yield "kid_std", std
     yield from manifold.prdc(true, drawn, self.k).items()
     if "logits_unbiased" in whole:
-      splits = min(10, N)
+      splits = min(10, max(1, N // 1000))
       mean, std = inception.score(whole["logits_unbiased"], num_splits=splits)
       yield "inception_score", mean
       yield "inception_score_std", std
