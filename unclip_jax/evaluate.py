@@ -12,8 +12,8 @@ level. With an Inception (`unclip convert --from inception`) there are the FID
 and its like, with a CLIP the CLIP score and the CMMD.
 
 Of one stage (--run: a run folder, or one part of a model) the evaluators of its
-config are run, or those of --config in their place; --config.evals.NAME.FIELD
-changes them.
+config are run, or those of --config in their place; --config.NAME=VALUE changes
+fields, such as task.sample_options.num_sample_steps.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from absl import flags
 
 from unclip_jax import checkpoints, features, pipelines, trainer
 from unclip_jax.evaluators import report
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs
 
 MODEL = flags.DEFINE_string("model", None, "Model folder.")
@@ -76,7 +77,7 @@ def main() -> None:
 
 def of_model() -> dict[str, Any]:
   """What is known of a pipeline's pictures."""
-  if CONFIG.is_given:
+  if CONFIG.path is not None:
     raise errors.UserError("--config goes with --run")
   networks = {"fid": INCEPTION.value, "clip_score": CLIP.value}
   pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
@@ -98,12 +99,10 @@ def of_model() -> dict[str, Any]:
 def of_run() -> dict[str, Any]:
   """What the evaluators of a config say of one stage."""
   config = checkpoints.load_config(RUN.value)
-  if CONFIG.is_given:
+  if CONFIG.path is not None:
     with config.unlocked():
-      config.evals = CONFIG.value.evals
-  else:
-    config = CONFIG.over(config)
-  return trainer.evaluate(RUN.value, config)
+      config.evals = config_lib.load(CONFIG.path).evals
+  return trainer.evaluate(RUN.value, CONFIG.over(config))
 
 
 if __name__ == "__main__":
