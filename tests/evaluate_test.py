@@ -69,6 +69,7 @@ def test_the_program_on_a_stage(stage, network, tmp_path, run_python):
     f"--out={out}",
     f"--config={config},inception={network}",
     "--config.evals.vlb.max_examples=4",
+    "--config.task.sample_options.num_sample_steps=2",
   )
   report = json.loads(out.read_text())
   counts = {name: values["count"] for name, values in report.items()}
@@ -98,6 +99,11 @@ def test_the_program_on_a_model(network, tmp_path, run_python):
   assert 0.0 <= report["clip_score"]["clip_score"] <= 100.0
   assert np.isfinite(report["clip_score"]["cmmd"])
   assert (tmp_path / "report.nearest_match.grid.png").exists()
+
+
+def test_a_converted_model_knows_no_data(network):
+  with pytest.raises(errors.UserError, match="was converted"):
+    trainer.evaluate(network, checkpoints.load_config(network))
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ and its like, with a CLIP the CLIP score and the CMMD.
     --protocol.num_images=5000 --inception models/inception
 
 An experiment on a whole model is a protocol (unclip_jax/protocols, a module
-each): prior_report, guidance_sweep, coco30k,
-diversity, scenes, typographic, aesthetic. It writes a table and plots too.
+each): prior_report, guidance_sweep, coco30k, diversity, scenes, typographic,
+aesthetic. It writes a table and plots too.
 
 Of one stage (--run: a run folder, or one part of a model) the evaluators of its
-config are run, or those of --config in their place; --config.evals.NAME.FIELD
-changes them.
+config are run, or those of --config in their place; --config.NAME=VALUE changes
+fields, such as task.sample_options.num_sample_steps.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
 
 def of_model() -> dict[str, Any]:
   """What is known of a pipeline's pictures."""
-  if CONFIG.is_given:
+  if CONFIG.path is not None:
     raise errors.UserError("--config goes with --run")
   networks = {"fid": INCEPTION.value, "clip_score": CLIP.value}
   pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
@@ -152,12 +152,10 @@ def of_protocol(out: pathlib.Path) -> list[pathlib.Path]:
 def of_run() -> dict[str, Any]:
   """What the evaluators of a config say of one stage."""
   config = checkpoints.load_config(RUN.value)
-  if CONFIG.is_given:
+  if CONFIG.path is not None:
     with config.unlocked():
-      config.evals = CONFIG.value.evals
-  else:
-    config = CONFIG.over(config)
-  return trainer.evaluate(RUN.value, config)
+      config.evals = config_lib.load(CONFIG.path).evals
+  return trainer.evaluate(RUN.value, CONFIG.over(config))
 
 
 if __name__ == "__main__":

@@ -104,10 +104,10 @@ def of(
     placed = partitioning.spread(batch, mesh)
     return jax.device_get(jitted(*weights, placed, rng))
 
-  if model.assets_dir is None:
+  length = getattr(model.task.model, "context_length", None)
+  if length is None or model.assets_dir is None:  # it has no text tower
     return Features(run)
   tokenizer = tokenizers.load(model.assets_dir)
-  length = model.task.model.context_length
 
   def encode(captions: list[str]) -> Arrays:
     text_tokens, text_mask = tokenizer.encode(captions, length)

@@ -155,24 +155,30 @@ def _keys_of_examples(
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """What a config describes, built, with no parameter allocated yet."""
+class Stage:
+  """What evaluators need of a config, built."""
 
   config: ml_collections.ConfigDict
   task: tasks_base.Task
-  tx: optax.GradientTransformation
-  learning_rate: Callable[[Any], Any]
-  sam: optim.Sam | None
-  init_from: init_from.InitFrom
   data: data_pipeline.DataPipeline
   mesh: jax.sharding.Mesh
-  backend: partitioning.Jit | partitioning.Pmap
-  frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
 
   @property
   def axis_rules(self) -> axes.Rules:
     """Logical axis -> mesh axes."""
-    return self.config.axis_rules.to_dict()
+    return dict(self.config.get("axis_rules", {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Stage):
+  """What a config describes, built, with no parameter allocated yet."""
+
+  tx: optax.GradientTransformation
+  learning_rate: Callable[[Any], Any]
+  sam: optim.Sam | None
+  init_from: init_from.InitFrom
+  backend: partitioning.Jit | partitioning.Pmap
+  frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
 
   def train_step(self) -> TrainStep:
     """`make_train_step` with what the config says, not compiled."""
@@ -590,7 +596,7 @@ class _Eval:
     return dict(self.evaluator.run(predict, self.batches, self.info))
 
 
-def build_evals(run: Setup) -> dict[str, _Eval]:
+def build_evals(run: Stage) -> dict[str, _Eval]:
   """The evaluators of `config.evals`; equal predict functions are shared.
 
   Raises:
@@ -644,30 +650,49 @@ def evaluate(
   Args:
     path: a run folder, or one part of a released model. Of a run the moving
       average is what counts, whatever `use_ema` says.
-    config: the model's own, in which `evals` may be others.
+    config: the model's own, in which the evaluators and the task's options may
+      be others.
 
   Returns:
     Evaluator -> name -> number, or picture in [-1, 1].
 
   Raises:
-    UserError: there is no such folder, or the config is wrong.
+    UserError: there is no such folder, it names no data, or the config is
+      wrong.
   """
-  model = checkpoints.load_model(path)
-  run = setup(upstream.at_home(config, path))
-  variables = {"model": model.variables}
-  shardings = partitioning.frozen_shardings(
-    variables, run.config.sharding, run.mesh
+  if "data" not in config:
+    raise errors.UserError(
+      f"the model in {path} was converted, and does not say what data it is"
+      " for: fine-tune it on data of yours first"
+    )
+  config = upstream.at_home(config, path)
+  mesh = partitioning.make_mesh(config.get("mesh", {"data": -1}))
+  models = upstream.load(config.frozen)
+  stored = checkpoints.load_model(path)
+  run = Stage(
+    config=config,
+    task=tasks_base.build(config, {k: m.task for k, m in models.items()}),
+    data=data_pipeline.DataPipeline.from_config(
+      config.data,
+      seed=config.seed,
+      assets_dir=upstream.assets_dir(stored.assets_dir, models),
+    ),
+    mesh=mesh,
   )
-  variables = jax.device_put(variables, shardings)["model"]
-  tables = jax.device_put(model.tables, partitioning.replicated(run.mesh))
+  frozen = {"model": stored.variables, **upstream.frozen_of(models)}
+  rules = config.get("sharding", ((".*", "replicate"),))
+  shardings = partitioning.frozen_shardings(frozen, rules, mesh)
+  frozen = jax.device_put(frozen, shardings)
+  variables = frozen.pop("model")
+  frozen |= jax.device_put(stored.tables, partitioning.replicated(mesh))
   return {
-    name: evaluator(variables, {**run.frozen, **tables})
+    name: evaluator(variables, frozen)
     for name, evaluator in build_evals(run).items()
   }
 
 
 def compile_predict(
-  run: Setup, predict_fn: tasks_base.PredictFn
+  run: Stage, predict_fn: tasks_base.PredictFn
 ) -> tasks_base.PredictFn:
   """On the mesh, with results that every process has whole."""
 

@@ -70,7 +70,7 @@ def load_model(
     stored.variables,
     {**frozen_of(models), **stored.tables},
     config,
-    _assets_dir(stored.assets_dir, models),
+    assets_dir(stored.assets_dir, models),
     stored.fingerprint,
   )
   return _plain(loaded, models)
@@ -156,7 +156,7 @@ def _build(
   return tasks_base.build(config, {k: m.task for k, m in models.items()})
 
 
-def _assets_dir(own: str, models: Mapping[str, Loaded]) -> str | None:
+def assets_dir(own: str, models: Mapping[str, Loaded]) -> str | None:
   """A model's folder of assets; of one without a tokenizer its upstream's."""
   files = os.listdir(own) if os.path.isdir(own) else []
   if {tokenizers.SENTENCEPIECE_FILE, *tokenizers.BPE_FILES} & {*files}:

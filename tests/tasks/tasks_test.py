@@ -411,6 +411,9 @@ def test_the_bound_has_parts_and_heeds_the_condition(name):
     rtol=1e-5,
   )
   assert np.all(found["timesteps"][:, 0] == 0)
+  # A level's mass is cut at 1e-12, 40 bits; a wrong guess's density is not.
+  assert np.all(found["terms"][:, 0] > 0)
+  assert np.all((found["terms"][:, 0] < 40) == (name != "prior"))
   condition = "low_res" if name == "upsampler" else "text_tokens"
   other = dict(batch, **{condition: batch[condition][::-1]})
   changed = vlb(variables, frozen, other, jax.random.key(0))

@@ -47,10 +47,11 @@ class Evaluator:
   ) -> Iterator[tuple[str, base.Value]]:
     """Yields the figures of the whole split.
 
-    `fid`; `kid` with `kid_std` (100 subsets of 1000, or of all where there are
-    fewer); `precision`, `recall`, `density` and `coverage`; where `predict`
-    gives `logits_unbiased`, `inception_score` with `inception_score_std` (10
-    parts) and `inception_score_true`, that of the true pictures; `count`.
+    `fid`; `kid`, of all pictures or, where they are more than 1000, over 100
+    subsets of 1000 with their `kid_std`; `precision`, `recall`, `density` and
+    `coverage`; where `predict` gives `logits_unbiased`, `inception_score` with
+    `inception_score_std` (10 parts, or fewer of 1000 pictures) and
+    `inception_score_true`, that of the true pictures; `count`.
 
     Raises:
       UserError: too few examples, or the reference does not fit.
@@ -85,12 +86,15 @@ class Evaluator:
       )
     else:
       yield "fid", self._distance(*reference, moments["features"])
-    mean, std = kernel.kid(true, drawn, subset_size=min(1000, N))
-    yield "kid", mean
-    yield "kid_std", std
+    if N > 1000:
+      mean, std = kernel.kid(true, drawn)
+      yield "kid", mean
+      yield "kid_std", std
+    else:
+      yield "kid", kernel.polynomial_mmd(true, drawn)
     yield from manifold.prdc(true, drawn, self.k).items()
     if "logits_unbiased" in whole:
-      splits = min(10, N)
+      splits = min(10, max(1, N // 1000))
       mean, std = inception.score(whole["logits_unbiased"], num_splits=splits)
       yield "inception_score", mean
       yield "inception_score_std", std

@@ -101,14 +101,18 @@ class ConfigFlag:
     return self.over(config_lib.load(self._path.value))
 
   @property
-  def is_given(self) -> bool:
-    """Whether there is a `--config`."""
-    return self._path.value is not None
+  def path(self) -> str | None:
+    """What `--config` is, argument included."""
+    return self._path.value
 
   def over(
     self, config: ml_collections.ConfigDict
   ) -> ml_collections.ConfigDict:
-    """Another config with the overrides put in."""
+    """A config with the overrides put in.
+
+    Raises:
+      UserError: as `config.apply_overrides`.
+    """
     return config_lib.apply_overrides(config, self._overrides.value)
 
 
