@@ -209,7 +209,8 @@ def test_gpus_dry_run(launch):
     *("--", *train),
   )
   assert process.stdout == (
-    "env JAX_PLATFORMS=cpu NPROC=64"
+    "env JAX_PLATFORMS=cpu MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0"
+    " MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_TOP_PAD_=67108864 NPROC=64"
     " 'XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
     " --xla_force_host_platform_device_count=8'"
     f" JAX_COMPILATION_CACHE_DIR=/c {CACHE} {command}"
