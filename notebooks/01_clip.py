@@ -57,12 +57,12 @@ folders = common.folders(MODELS, SIZE)
 # ```python
 # clip = inference.load("runs/emoji/clip")
 # clip = inference.load("models/karlo/clip")
-# clip = inference.load("models/clip")  # unclip convert --from clip-hf --src ...
+# clip = inference.load("models/clip")  # of unclip convert --from clip-hf
 # ```
 #
 # `features.of` makes it a function of batches with pictures of any size. With
-# converted weights, which name no data of their own, take the `data` of another
-# part.
+# converted weights, which name no data of their own, take the `data` of
+# another part.
 
 # %%
 from unclip_jax import features, inference
@@ -89,9 +89,9 @@ image_embed.shape, text_embed.shape
 # %% [markdown]
 # ## Pictures beside captions
 #
-# Training pulls the cosines on the diagonal up and pushes all others of a batch
-# down (Radford et al. 2021, section 2.3). Embeddings are of length 1, so that a
-# product is a cosine.
+# Training pulls the cosines on the diagonal up and pushes all others of a
+# batch down (Radford et al. 2021, section 2.3). Embeddings are of length 1, so
+# that a product is a cosine.
 
 # %%
 import matplotlib.pyplot as plt
@@ -114,11 +114,11 @@ plt.show()
 # ## Retrieval and zero-shot classification
 #
 # For each caption, how often is its own picture the nearest one, or among the
-# nearest five; and is a picture's class the one whose other captions are nearest
-# to it (Radford et al. 2021, section 3.1)? A figure means something beside its
-# chance level only, and these are pictures of the training set: what they show
-# is how well it was learned. `"validation"` in place of `"train"` asks for more,
-# where the data holds something out.
+# nearest five; and is a picture's class the one whose other captions are
+# nearest to it (Radford et al. 2021, section 3.1)? A figure means something
+# beside its chance level only, and these are pictures of the training set:
+# what they show is how well it was learned. `"validation"` in place of
+# `"train"` asks for more, where the data holds something out.
 
 # %%
 from unclip_jax.evaluators import retrieval, zero_shot
@@ -148,10 +148,10 @@ common.table(rows)
 # %% [markdown]
 # ## Nearest neighbours
 #
-# What a picture is near to says what the embedding is about: the meaning, or only
-# the colours and outlines; of a few hundred pictures learned by heart, hardly
-# anything. Captions of your own find pictures by the same dot product, as far as
-# training had their words.
+# What a picture is near to says what the embedding is about: the meaning, or
+# only the colours and outlines; of a few hundred pictures learned by heart,
+# hardly anything. Captions of your own find pictures by the same dot product,
+# as far as training had their words.
 
 # %%
 nearest = np.argsort(-image_embed[some[:4]] @ image_embed.T)[:, :9]
@@ -173,11 +173,12 @@ common.show({q: pictures[near] for q, near in zip(queries, nearest)})
 # %% [markdown]
 # ## The scale of the logits
 #
-# The loss is a softmax over cosines times a learned factor, `exp(logit_scale)`,
-# which CLIP keeps at or below 100 (Radford et al. 2021, section 2.5). Public CLIPs
-# end there: their pictures lie in one narrow cone, their captions in another, and
-# the cosines of pairs and of others differ by little. One that tells a few hundred
-# pictures apart, as the quickstart's, has room to spread them out and needs less.
+# The loss is a softmax over cosines times a learned factor,
+# `exp(logit_scale)`, which CLIP keeps at or below 100 (Radford et al. 2021,
+# section 2.5). Public CLIPs end there: their pictures lie in one narrow cone,
+# their captions in another, and the cosines of pairs and of others differ by
+# little. One that tells a few hundred pictures apart, as the quickstart's, has
+# room to spread them out and needs less.
 
 # %%
 scale = float(np.exp(clip.variables["params"]["logit_scale"]))
@@ -227,11 +228,12 @@ plt.show()
 # %% [markdown]
 # ## What the embedding forgets
 #
-# Pictures are changed, and their embeddings compared with those of the unchanged
-# ones. What leaves the cosine near 1 is forgotten, and the decoder is free to
-# draw it either way: that is what varies among a picture's variations (section
-# 3.1), and why attributes and objects get mixed up (section 7). What brings it
-# down to the level of another picture is all that CLIP sees.
+# Pictures are changed, and their embeddings compared with those of the
+# unchanged ones. What leaves the cosine near 1 is forgotten, and the decoder
+# is free to draw it either way: that is what varies among a picture's
+# variations (section 3.1), and why attributes and objects get mixed up
+# (section 7). What brings it down to the level of another picture is what CLIP
+# looks at.
 
 # %%
 from unclip_jax.metrics import pictures as picture_metrics
@@ -252,7 +254,7 @@ changes = {
   "noise": np.clip(image + 0.3 * noise, -1, 1).astype(np.float32),
 }
 common.show(
-  {"": [x[some[1]] / 2 + 0.5 for x in changes.values()]}, list(changes)
+  {"": [x[some[2]] / 2 + 0.5 for x in changes.values()]}, list(changes)
 )
 
 # %%

@@ -13,11 +13,12 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/unclip-jax/unclip_jax/blob/main/notebooks/02_prior.ipynb)
 #
-# The prior draws the CLIP embedding of a picture, z_i, from a caption (Ramesh et
-# al. 2022, section 2.2). A caption has many pictures, so this is a distribution;
-# the caption's own embedding z_t is no substitute, though it lies in the same
-# space (section 5.1). This notebook asks how near the drawn embeddings are to
-# the true ones, and what the number of candidates and guidance change.
+# The prior draws the CLIP embedding of a picture, z_i, from a caption (Ramesh
+# et al. 2022, section 2.2). A caption has many pictures, so this is a
+# distribution; the caption's own embedding z_t is no substitute, though it
+# lies in the same space (section 5.1). This notebook asks how near the drawn
+# embeddings are to the true ones, and what the number of candidates and
+# guidance change.
 #
 # `MODELS` is a folder with trained stages, such as `make quickstart` leaves in
 # `runs/quickstart`, or a model folder. Where there is none, all stages are
@@ -53,10 +54,10 @@ folders = common.folders(MODELS, SIZE)
 # %% [markdown]
 # ## Draw
 #
-# `pipe.predict_fns()["prior"]` draws for a batch, each row by a key of its own:
-# the same caption at another `index` gives another draw. No picture can be seen
-# yet, but the training pictures that are nearest to a drawn embedding can, as the
-# CLIP sees them. The quickstart's prior has learned them by heart.
+# `pipe.predict_fns()["prior"]` draws for a batch, each row by a key of its
+# own: the same caption at another `index` gives another draw. No picture can
+# be seen yet, but the training pictures that are nearest to a drawn embedding
+# can, as the CLIP sees them. The quickstart's prior has learned them by heart.
 
 # %%
 import matplotlib.pyplot as plt
@@ -95,10 +96,10 @@ common.show(
 )
 
 # %% [markdown]
-# Fifty draws for each of four captions, on the first two principal components of
-# the training embeddings (grey). A star is the true embedding of the caption's
-# picture: a prior that knows one picture of a caption draws near it, one that
-# knows many spreads out.
+# Fifty draws for each of four captions, on the first two principal components
+# of the training embeddings (grey). A star is the true embedding of the
+# caption's picture: a prior that knows one picture of a caption draws near it,
+# one that knows many spreads out.
 
 # %%
 mean, components = manipulations.fit_pca(train_embeds)
@@ -143,9 +144,9 @@ common.table(report.rows)
 #
 # In training one caption in ten is dropped, so that the prior can be guided as
 # the decoder can (section 2.2). The paper found guiding the prior to hurt
-# (section 5.5); Karlo does it with a scale of 4. Beside the cosine, look at the
-# length of what is drawn, and at how often the nearest true embedding is the
-# caption's own (`r1`).
+# (section 5.5); Karlo does it with a scale of 4. Beside the cosine, look at
+# the length of what is drawn, and at how often the nearest true embedding is
+# the caption's own (`r1`).
 
 # %%
 from unclip_jax.evaluators import prior_report as evaluator
@@ -173,11 +174,11 @@ plt.show()
 # %% [markdown]
 # ## Loss by timestep
 #
-# A diffusion prior predicts the embedding itself from a noised one, with a plain
-# squared error (eq. 2). With little noise that is copying; with nothing but noise,
-# at the last timesteps, all that it knows comes from the caption. A loss of 1
-# there, the variance of the standardised embeddings, means that the caption says
-# nothing to it.
+# A diffusion prior predicts the embedding itself from a noised one, with a
+# plain squared error (eq. 2). With little noise that is copying; with nothing
+# but noise, at the last timesteps, all that it knows comes from the caption. A
+# loss of 1 there, the variance of the standardised embeddings, means that the
+# caption says nothing to it.
 
 # %%
 losses = report.figures.get("loss_by_timestep", {})
@@ -193,17 +194,17 @@ if losses:  # an autoregressive prior has no timesteps
 # %% [markdown]
 # ## The autoregressive prior
 #
-# The paper has two priors and prefers diffusion for its cost. The other turns z_i
-# into codes by PCA and predicts them one by one, after a token for the product of
-# z_i and z_t. Here they are two configs, and nothing else changes:
+# The paper has two priors and prefers diffusion for its cost. The other turns
+# z_i into codes by PCA and predicts them one by one, after a token for the
+# product of z_i and z_t. Here they are two configs, and nothing else changes:
 #
 # ```
 # unclip train --config configs/emoji/prior_ar.py --workdir runs/ar/prior \
 #   --config.frozen.clip.path=runs/quickstart/clip
 # ```
 #
-# Its run takes the place of the other (`folders["prior"] = "runs/ar/prior"`), and
-# all of the above is about it, but for the loss by timestep.
+# Its run takes the place of the other (`folders["prior"] = "runs/ar/prior"`),
+# and all of the above is about it, but for the loss by timestep.
 
 # %%
 from unclip_jax.utils import config as config_lib

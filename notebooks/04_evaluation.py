@@ -53,14 +53,14 @@ folders = common.folders(MODELS, SIZE)
 # %% [markdown]
 # ## What is looked at, and with what
 #
-# The pictures are compared in the features of a network beside the model. Here it
-# is the model's own CLIP, which its pictures please by construction, and figures
-# say something beside each other only. For figures that others can read, load an
-# Inception (`unclip convert --from inception`) and another CLIP by
-# `features.load`.
+# The pictures are compared in the features of a network beside the model. Here
+# it is the model's own CLIP, which its pictures please by construction, and
+# figures say something beside each other only. For figures that others can
+# read, load an Inception (`unclip convert --from inception`) and another CLIP
+# by `features.load`.
 #
-# The upsampler is left out, since most of the time goes into it: what is measured
-# is the decoder.
+# The upsampler is left out, since most of the time goes into it: what is
+# measured is the decoder.
 
 # %%
 import matplotlib.pyplot as plt
@@ -80,16 +80,22 @@ count = 48
 # %% [markdown]
 # ## A sweep of guidance
 #
-# Guidance trades likeness as a set (FID, KID, recall) for likeness to the caption
-# (CLIP score): GLIDE's curves, and the paper's (section 5.3). The paper's FID on
-# MS-COCO, 10.39, is that of a scale of 1.25 (section 5.4).
+# Guidance trades likeness as a set (FID, KID, recall) for likeness to the
+# caption (CLIP score): GLIDE's curves, and the paper's (section 5.3). The
+# paper's FID on MS-COCO, 10.39, is that of a scale of 1.25 (section 5.4). The
+# true pictures' score, and that of drawn pictures with the captions of others,
+# stand beside the model's.
 
 # %%
 from unclip_jax.protocols import guidance_sweep
 
 sweep = guidance_sweep.Protocol((1.0, 2.0, 4.0), num_images=count)
 result = sweep.run(subject)
-common.table(result.rows)
+COLUMNS = (
+  *("guidance_scale", "fid", "kid", "precision", "recall"),
+  *("clip_score", "clip_score_true", "clip_score_shuffled"),
+)
+common.table([{name: row[name] for name in COLUMNS} for row in result.rows])
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.3), layout="constrained")
@@ -104,15 +110,16 @@ axes[1].axhline(
   label="true pictures",
 )
 axes[1].legend()
+axes[2].set_ylim(0, 1.05)
 plt.show()
 
 # %% [markdown]
 # ## Diversity
 #
-# People found unCLIP's pictures of one caption more diverse than GLIDE's (section
-# 5.2). In features: `within` is the distance of two pictures of one caption,
-# `between` that of two captions. A model that has learned a few pictures by heart
-# draws one for each caption, and `ratio` is near 0.
+# People found unCLIP's pictures of one caption more diverse than GLIDE's
+# (section 5.2). In features: `within` is the distance of two pictures of one
+# caption, `between` that of two captions. A model that has learned a few
+# pictures by heart draws one for each caption, and `ratio` is near 0.
 
 # %%
 from unclip_jax.protocols import diversity
@@ -136,10 +143,14 @@ common.table(spread.rows)
 # %% [markdown]
 # ## Bits per dimension, by timestep
 #
-# The variational bound of the decoder is a sum over timesteps (Nichol & Dhariwal
-# 2021, Fig. 2). Most bits go into the last details, the least noise, which nobody
-# sees; what a picture shows is decided at the other end. It is a bound on
-# likelihood, so that samplers and guidance do not enter.
+# The variational bound of the decoder is a sum over timesteps (Nichol &
+# Dhariwal 2021, Fig. 2). Most bits go into the last details, the least noise,
+# which nobody sees; what a picture shows is decided at the other end. Samplers
+# and guidance do not enter. Stored as it is, a picture takes 8 bits; a decoder
+# whose variance is fixed and was never asked for likelihood, as the
+# quickstart's, is sure of details that it gets wrong, and needs more. A
+# learned variance (`variance="learned_range"`, as the paper has it) mends
+# that.
 
 # %%
 import jax
@@ -180,14 +191,14 @@ plt.show()
 # ## Scenes that can be read back
 #
 # Whether "a red cube on top of a blue cube" was drawn (section 7: unCLIP's
-# weakness) no feature tells. For scenes of plain shapes `metrics/scene.py` reads
-# what is in a picture, without a network. A clean rendering is read without
-# error; with the colours of two objects swapped, all colours and all shapes are
-# there, but no object is right, and the binding is 0.
+# weakness) no feature tells. For scenes of plain shapes `metrics/scene.py`
+# reads what is in a picture, without a network. A clean rendering is read
+# without error; with the colours of two objects swapped, all colours and all
+# shapes are there, but no object is right, and the binding is 0.
 #
 # A model trained by `configs/shapes/` is measured so by the evaluator and the
-# protocol `scenes`, on pairs of shape and colour, and on arrangements, that it has
-# never seen.
+# protocol `scenes`, on pairs of shape and colour, and on arrangements, that it
+# has never seen.
 
 # %%
 import dataclasses
@@ -196,7 +207,7 @@ from unclip_jax.data import shapes
 from unclip_jax.metrics import scene as scene_metrics
 from unclip_jax.utils import scenes
 
-scene, captions = shapes.make(0, "validation", 0)
+scene, captions = shapes.make(0, "validation", 7)
 first, second, *rest = scene.objects
 swapped = dataclasses.replace(
   scene,
@@ -206,10 +217,13 @@ swapped = dataclasses.replace(
     *rest,
   ),
 )
-other, _ = shapes.make(0, "validation", 1)
+other, _ = shapes.make(0, "validation", 0)
 drawn = {"clean": scene, "swapped": swapped, "another scene": other}
 renders = {name: scenes.render(x, 64) for name, x in drawn.items()}
-common.show({captions[0]: list(renders.values())}, list(renders), side=2)
+print(captions[0])
+common.show({"": list(renders.values())}, list(renders), side=2)
+
+# %%
 scores = scene_metrics.score(
   np.stack(list(renders.values())) / 127.5 - 1, [scene] * len(renders)
 )
@@ -223,18 +237,20 @@ common.table(
 # %% [markdown]
 # ## What few pictures do to an FID
 #
-# Two halves of the same true pictures, compared with each other: they come from
-# one distribution, and the distance should be 0. The FID of few pictures is far
-# above it, and the fewer, the farther, since a covariance of more dimensions than
-# pictures cannot be estimated (Chong & Forsyth 2020). So: never compare FIDs of
-# different numbers of pictures, with published ones only those of the same number
-# (30,000 on MS-COCO), and with few look at the KID, whose mean is right for any
-# number.
+# Two sets of true pictures, compared with each other: they come from one
+# distribution, and the distance should be 0. The FID of few pictures is far
+# above it, and the fewer, the farther, by about a constant over their number
+# (Chong & Forsyth 2020). So: never compare FIDs of different numbers of
+# pictures, with published ones only those of the same number (30,000 on
+# MS-COCO), and with few look at the KID, whose mean is right for any number.
+# The sweep above can be below what is seen here, since its drawn and true
+# pictures are of the same captions, and thus no two independent samples.
 
 # %%
-from unclip_jax.metrics import frechet, kernel
+from unclip_jax.metrics import frechet, kernel, similarity
 
 embeds = pipe.train_image_embeds(min(300, data.num_examples("train")))
+embeds = similarity.normalize(embeds)  # as in the sweep
 rng = np.random.default_rng(0)
 rows = []
 for half in (8, 16, 32, 64, 128):
