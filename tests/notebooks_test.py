@@ -1,29 +1,21 @@
-"""Every notebook runs from top to bottom at smoke size."""
+"""Every notebook runs from top to bottom at smoke size, and has its source."""
 
 import os
 import pathlib
 import subprocess
 import sys
 
+import jupytext
+import nbformat
 import pytest
 
+from notebooks import common
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+QUICKSTART, *OTHERS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 
-def test_there_are_notebooks_each_with_its_source():
-  assert NOTEBOOKS
-  for path in NOTEBOOKS:
-    assert path.with_suffix(".py").exists(), path
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path):
-  env = {
-    **os.environ,
-    "UNCLIP_NOTEBOOK_SIZE": "smoke",
-    "UNCLIP_NOTEBOOK_OUT": str(tmp_path),
-  }
+def run(path, environment):
   process = subprocess.run(
     [
       sys.executable,
@@ -38,10 +30,66 @@ def test_notebook_runs(path, tmp_path):
       "--noconftest",
       str(path),
     ],
-    env=env,
+    env={**os.environ, "UNCLIP_NOTEBOOK_SIZE": "smoke", **environment},
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=900,
   )
   assert process.returncode == 0, process.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  """The runs that the quickstart leaves, for all that look at models."""
+  folder = tmp_path_factory.mktemp("models")
+  run(QUICKSTART, {"UNCLIP_NOTEBOOK_OUT": str(folder)})
+  return str(folder)
+
+
+def test_quickstart_runs(models):
+  assert list(common.folders(models)) == [
+    *("clip", "prior", "decoder", "upsampler_64"),
+  ]
+  assert (
+    common.folders(f"{models}/model").keys() == common.folders(models).keys()
+  )
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_notebook_runs(path, models):
+  run(path, {"UNCLIP_NOTEBOOK_MODELS": models})
+
+
+@pytest.mark.parametrize(
+  "path", [QUICKSTART, *OTHERS], ids=lambda path: path.stem
+)
+def test_notebook_is_its_source_without_outputs(path):
+  notebook = nbformat.read(path, as_version=4)
+  source = jupytext.read(path.with_suffix(".py"))
+  for cell in notebook.cells:
+    assert not cell.get("outputs") and not cell.get("execution_count")
+  assert [(c.cell_type, c.source) for c in notebook.cells] == [
+    (c.cell_type, c.source) for c in source.cells
+  ], f"run: jupytext --to ipynb {path.with_suffix('.py').name}"
+  assert f"/notebooks/{path.name})" in notebook.cells[0].source  # the badge
+
+
+def test_without_a_model_one_is_trained_once(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  commands = []
+
+  def train(command, check):
+    commands.append(command[1:])
+    out = pathlib.Path(command[-1].removeprefix("--out="))
+    for name in ("decoder", "clip", "model"):
+      (out / name).mkdir(parents=True)
+    (out / "report.json").touch()
+
+  monkeypatch.setattr(subprocess, "run", train)
+  found = common.folders("none", "smoke")
+  out = os.path.join("runs", "notebook_smoke")
+  assert found == {name: f"{out}/{name}" for name in ("clip", "decoder")}
+  assert commands == [["launch/quickstart.py", "--size=smoke", f"--out={out}"]]
+  assert common.folders("none", "smoke") == common.folders(out) == found
+  assert len(commands) == 1
