@@ -113,8 +113,8 @@ CPU_XLA_FLAGS = (
 
 # What glibc's malloc is told on CPU, where every step allocates its temporaries
 # anew: to keep what is freed. Else the system hands out the same memory page by
-# page at each step, an eighth of the CPU time of a large one (measured). Nothing
-# is given back before the end, so that a run holds the most that it ever used.
+# page at each step: an eighth of the CPU time of a large one. Nothing
+# is given back before the end: a run holds the most that it ever used.
 CPU_MALLOC = {
   "MALLOC_ARENA_MAX": "1",
   "MALLOC_MMAP_MAX_": "0",
