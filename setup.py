@@ -72,6 +72,7 @@ EXTRAS_REQUIRE = {
     "hypothesis",
     "ipykernel",
     "jupytext",
+    "nbformat",
     "nbmake",
     "packaging",
     "pre-commit",
