@@ -13,7 +13,7 @@ import pytest
 from packaging import requirements, utils
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIRST_PARTY = {"unclip_jax", "configs", "launch", "tests"}
+FIRST_PARTY = {"unclip_jax", "configs", "launch", "tests", "notebooks"}
 # Asked for though only other packages import them: setup.py says why.
 INDIRECT = {"importlib-resources"}
 

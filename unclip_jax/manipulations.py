@@ -328,7 +328,7 @@ def pca_reconstructions(
   decoder_steps: int | None = None,
   seed: int = 0,
 ) -> PipelineOutput:
-  """A picture drawn from the first principal parts of z_i (section 3, Fig. 7).
+  """A picture drawn from the first principal parts of z_i (section 4, Fig. 7).
 
   Args:
     dims: how many components are kept, a picture each; those above the
@@ -378,7 +378,7 @@ def typographic_attack(
 ) -> Attacked:
   """What CLIP and the decoder see when a word is written on a picture.
 
-  Section 3.3, Fig. 6: CLIP takes the apple for what is written on it, while
+  Section 4, Fig. 6: CLIP takes the apple for what is written on it, while
   the decoder still draws apples.
 
   Args:

@@ -6,7 +6,7 @@ metrics/frechet.py, kernel.py, manifold.py and inception.py.
 
 The FID of N pictures is too high by about a constant over N (Chong & Forsyth
 2020, arXiv 1911.07023): compare figures of one N, 50,000 in most papers and
-30,000 of MS-COCO's captions in Ramesh et al. (section 5.3). With fewer, look at
+30,000 of MS-COCO's captions in Ramesh et al. (section 5.4). With fewer, look at
 the KID, which has no bias.
 """
 

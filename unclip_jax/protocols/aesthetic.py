@@ -1,6 +1,6 @@
 """How well are pictures liked, by a probe of the user's own ratings?
 
-Ramesh et al. 2022 (section 5.5, Fig. 12) train a linear probe from CLIP image
+Ramesh et al. 2022 (section 5.5) train a linear probe from CLIP image
 embeddings to human ratings of pictures and find that guidance raises the mean
 predicted rating of drawn ones. Here the ratings are yours: a CSV file with the
 columns `file_name` (beside it) and `rating`.

@@ -3,7 +3,7 @@
 Pictures for the same captions with each guidance scale of the decoder: how like
 the true ones they are as a set (FID and its like), and how well each fits its
 caption (CLIP score), as the curves of GLIDE (Nichol et al. 2021, Fig. 6) and of
-Ramesh et al. 2022 (section 5.2 to 5.5, where the prior's guidance is fixed and
+Ramesh et al. 2022 (section 5.3, where the prior's guidance is fixed and
 only the decoder's swept). Without an Inception the sets are compared in the
 features of the CLIP; those figures are no FID that others publish.
 """

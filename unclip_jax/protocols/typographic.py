@@ -1,6 +1,6 @@
 """Is the model taken in by a word that is written on a picture?
 
-Ramesh et al. 2022, section 3.3 and Fig. 6: CLIP takes an apple for the word on
+Ramesh et al. 2022, section 4 and Fig. 6: CLIP takes an apple for the word on
 it, while pictures decoded from its embedding still show apples. Every example's
 picture gets the name of another example written on it, and a CLIP decides
 between the two names: for the picture before and after, and for what the
