@@ -131,6 +131,34 @@ class Subject:
     found.setdefault("true_features", found["true_image_embed"])
     return found
 
+  def look_repeatedly(
+    self,
+    num_images: int,
+    count: int,
+    *,
+    split: str | None = None,
+    num_pictures: int = 0,
+    **options: Mapping[str, Any],
+  ) -> dict[str, np.ndarray]:
+    """What `look` sees in several pictures of each of the first captions.
+
+    Args:
+      num_images: of a caption, each with a seed of its own.
+      count, split, num_pictures: as in `look`.
+      **options: as in `predict`.
+
+    Returns:
+      The arrays of `look`, [N, num_images, ...].
+    """
+    seen = []
+    for i in range(num_images):
+      again = dataclasses.replace(self, seed=self.seed + i)
+      draw = again.predict("text_to_image", **options)
+      seen.append(
+        again.look(draw, count, split=split, num_pictures=num_pictures)
+      )
+    return {k: np.stack([x[k] for x in seen], axis=1) for k in seen[0]}
+
 
 class Protocol(TypingProtocol):
   """An experiment."""

@@ -41,23 +41,16 @@ class Protocol:
     rows = []
     grids = {}
     for scale in self.guidance_scales:
-      features, scores, shown = [], [], []
-      for i in range(self.num_images):
-        # Another seed gives other pictures of the same captions.
-        again = dataclasses.replace(subject, seed=subject.seed + i)
-        draw = again.predict(
-          "text_to_image", decoder=dict(guidance_scale=scale)
-        )
-        seen = again.look(draw, self.num_prompts, num_pictures=self.num_grids)
-        features.append(seen["features"])
-        shown.append(seen["image"])
-        scores.append(
-          similarity.clip_score(seen["image_embed"], seen["text_embed"]).mean()
-        )
-      found = spread(np.stack(features, axis=1))
-      score = float(np.mean(scores))
-      rows.append({"guidance_scale": scale, **found, "clip_score": score})
-      for prompt, images in enumerate(np.stack(shown, axis=1)):
+      seen = subject.look_repeatedly(
+        self.num_images,
+        self.num_prompts,
+        num_pictures=self.num_grids,
+        decoder=dict(guidance_scale=scale),
+      )
+      fit = similarity.clip_score(seen["image_embed"], seen["text_embed"])
+      found = {**spread(seen["features"]), "clip_score": float(fit.mean())}
+      rows.append({"guidance_scale": scale, **found})
+      for prompt, images in enumerate(seen["image"]):
         name = f"prompt_{prompt}_guidance_{scale:g}"
         grids[name] = pictures.make_grid(images)
     plots = (base.Plot("guidance_scale", "within"),)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from unclip_jax.evaluators import scenes
 from unclip_jax.protocols import base, diversity
 
@@ -54,7 +52,10 @@ class Protocol:
         grids[f"{split}_guidance_{scale:g}"] = found.pop("grid")
         row = {"split": split, "guidance_scale": scale, **found}
         if split == self.splits[0]:
-          row["within"] = self._within(subject, options, split)
+          again = subject.look_repeatedly(
+            self.num_repeats, self.num_prompts, split=split, decoder=options
+          )
+          row["within"] = diversity.spread(again["features"])["within"]
         rows.append(row)
     plots = (
       base.Plot("guidance_scale", "object", "split"),
@@ -62,12 +63,3 @@ class Protocol:
       base.Plot("guidance_scale", "within"),
     )
     return base.Result(rows, {}, plots, grids)
-
-  def _within(self, subject: base.Subject, options: dict, split: str) -> float:
-    features = []
-    for i in range(self.num_repeats):
-      again = dataclasses.replace(subject, seed=subject.seed + i)
-      draw = again.predict("text_to_image", decoder=options)
-      found = again.look(draw, self.num_prompts, split=split)
-      features.append(found["features"])
-    return diversity.spread(np.stack(features, axis=1))["within"]
