@@ -86,6 +86,8 @@ def data(
       source=dict(folder=pictures, holdout=0.0, flippable=False),
       preprocess=preprocess,
       tokenizer=None,
+      max_broken=0.05,
+      stored_arrays=True,
     )
   )
 

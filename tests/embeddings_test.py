@@ -113,7 +113,10 @@ def test_another_clip_is_refused(tmp_path, embedded):
     errors.UserError, match="stored arrays come from the clip"
   ):
     trainer.setup(config_of("prior", other, embedded))
-  trainer.setup(config_of("prior", other, embedded, stored_arrays=False))
+  config = config_of("prior", other, embedded)
+  trainer.setup(
+    config_lib.apply_overrides(config, {"data.stored_arrays": "false"})
+  )
 
 
 def test_statistics_are_those_of_training(embedded):

@@ -25,6 +25,7 @@ def emoji(*, quick: bool, smoke: bool, **preprocess) -> dict:
       preprocess=preprocess,
       tokenizer=None,
       max_broken=0.05,  # share of broken records; more of them stop the run
+      stored_arrays=True,  # embeddings and the like, where records have them
     )
   source = dict(data_dir=None, image_size=64, groups=None, holdout=10.0)
   if quick:
@@ -35,4 +36,5 @@ def emoji(*, quick: bool, smoke: bool, **preprocess) -> dict:
     preprocess=preprocess,
     tokenizer=None,
     max_broken=0.05,  # share of broken records; more of them stop the run
+    stored_arrays=True,  # embeddings and the like, where records have them
   )

@@ -32,6 +32,8 @@ def pairs(*, smoke: bool, image_size: int, **preprocess) -> dict:
       image_size=image_size, context_length=CONTEXT_LENGTH, **preprocess
     ),
     tokenizer=None,
+    max_broken=0.05,
+    stored_arrays=True,
   )
   if smoke:
     config.update(

@@ -32,6 +32,7 @@ def shapes(*, smoke: bool, image_size: int, **preprocess) -> dict:
     ),
     tokenizer=None,
     max_broken=0.05,  # share of broken records; more of them stop the run
+    stored_arrays=True,  # embeddings and the like, where records have them
   )
 
 
