@@ -191,9 +191,14 @@ def write(
   accounts = {s: os.path.join(parts, f"{s.file}.npz") for s in shards}
   if not all(os.path.isfile(path) for path in accounts.values()):
     return None
-  index = _finish(folder, out, source, made_from, accounts)
+  try:
+    _finish(folder, out, source, made_from, accounts)
+  except FileNotFoundError:
+    # Another process found all there too, was faster, and has tidied up.
+    if not os.path.isfile(os.path.join(out, prepared.INDEX_FILE)):
+      raise
   shutil.rmtree(parts, ignore_errors=True)
-  return index
+  return prepared.read_index(out)
 
 
 def _embed_shard(
@@ -244,7 +249,7 @@ def _finish(
   source: prepared.Index,
   made_from: Mapping[str, Any],
   accounts: Mapping[prepared.Shard, str],
-) -> prepared.Index:
+) -> None:
   """Writes statistics, tokenizer and, last, the index."""
   splits: dict[str, list[prepared.Shard]] = {}
   arrays: dict[str, ArrayShape] = {}
@@ -276,7 +281,6 @@ def _finish(
   index = prepared.Index(made_from, splits, source.left_out, arrays, made_by)
   path = os.path.join(out, prepared.INDEX_FILE)
   files.write_atomically(path, index.to_json())
-  return prepared.read_index(out)
 
 
 def _statistics(moments: frechet.Moments) -> dict[str, np.ndarray]:
