@@ -88,8 +88,10 @@ def make_encoder(
     return found
 
   def embed(records: Sequence[Record]) -> list[Record]:
+    images = [preprocess.to_float(pictures.resize(r)["image"]) for r in records]
     # Filled up with the last one, so that nothing compiles a second time.
-    filled = [*records, *[records[-1]] * (batch_size - len(records))]
+    missing = batch_size - len(records)
+    filled = [*records, *[records[-1]] * missing]
     captions = [
       caption
       for record in filled
@@ -98,9 +100,8 @@ def make_encoder(
       )
     ]
     text_tokens, text_mask = tokenizer.encode(captions, length)
-    images = [preprocess.to_float(pictures.resize(r)["image"]) for r in filled]
     batch = {
-      "image": np.stack(images),
+      "image": np.stack([*images, *[images[-1]] * missing]),
       "text_tokens": text_tokens,
       "text_mask": text_mask,
     }
@@ -149,12 +150,6 @@ def write(
   """
   source = prepared.read_index(folder)
   model = upstream.load_model(clip)
-  embed = make_encoder(
-    model,
-    num_captions=num_captions,
-    text_encodings=text_encodings,
-    batch_size=batch_size,
-  )
   made_from = {
     "folder": hashlib.sha256(source.to_json().encode()).hexdigest(),
     "clip": model.fingerprint,
@@ -165,6 +160,12 @@ def write(
     index = prepared.read_index(out)
     preparing.check_plan(index.made_from, made_from, out)
     return index
+  embed = make_encoder(
+    model,
+    num_captions=num_captions,
+    text_encodings=text_encodings,
+    batch_size=batch_size,
+  )
   parts = os.path.join(out, _PARTS)
   try:
     os.makedirs(parts, exist_ok=True)
