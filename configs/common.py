@@ -43,7 +43,11 @@ def base() -> ml_collections.ConfigDict:
   config.eval_every_steps = 1000
   config.eval_batch_size = 64
   config.prepare_examples = 4096  # for tables computed once from data
-  config.checkpoint = dict(every_steps=1000, keep=2)
+  # Beside the newest the best step is kept, by a metric such as
+  # "eval/loss/loss"; see unclip_jax/best.py.
+  config.checkpoint = dict(
+    every_steps=1000, keep=2, best=dict(metric="", mode="min", patience=0)
+  )
 
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.parallel = "jit"  # or "pmap": a replica on each device

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
   "tasks": {"models", "diffusion", "decoding", "losses", "utils"},
   "data": {"utils"},
   "optim": {"utils"},
+  "best": {"utils"},
   "flops": set(),
   "distributed": {"utils"},
   "timing": {"utils"},

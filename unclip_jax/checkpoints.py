@@ -56,6 +56,7 @@ PathLike = str | os.PathLike[str]
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+_BEST = "best.step"  # a leaf: best.Record
 # Fields of a config that say where a run's arrays lie, and not what they are.
 _PLACE = ("mesh", "sharding", "optimizer_sharding", "axis_rules", "parallel")
 _STEP = re.compile(r"\d+")
@@ -254,6 +255,7 @@ class Checkpointer:
     self._keep = keep
     self._keep_every = keep_every
     self._strict = strict
+    self._keep_step: int | None = None
     self._thread: threading.Thread | None = None
     self._failure: tuple[int, BaseException] | None = None
 
@@ -267,7 +269,9 @@ class Checkpointer:
       if _STEP.fullmatch(path.name) and (path / _MANIFEST).is_file()
     )
 
-  def save(self, step: int, tree: PyTree) -> None:
+  def save(
+    self, step: int, tree: PyTree, *, keep_step: int | None = None
+  ) -> None:
     """Starts saving; a step that is there already is left alone.
 
     Returns when the leaves may be donated or overwritten. Waits first for a
@@ -276,11 +280,13 @@ class Checkpointer:
     Args:
       step: counts up; names the folder.
       tree: any tree of jax and numpy arrays and numbers.
+      keep_step: a step that stays beside the newest, until another is named.
 
     Raises:
       UserError: the save before could not be written.
     """
     self.wait()
+    self._keep_step = keep_step
     if step in self.steps():
       logging.info("the checkpoint of step %d is there already", step)
       return
@@ -473,7 +479,9 @@ class Checkpointer:
   def _delete_old(self) -> None:
     """Keeps the newest steps; runs only when the new one is whole."""
     for step in self.steps()[: -self._keep]:
-      if not self._keep_every or step % self._keep_every:
+      if step != self._keep_step and (
+        not self._keep_every or step % self._keep_every
+      ):
         # Without its manifest, a half-deleted folder is not a step.
         (self._folder(step) / _MANIFEST).unlink()
         shutil.rmtree(self._folder(step))
@@ -858,10 +866,11 @@ class OpenModel(NamedTuple):
 
 
 def open_model(path: PathLike) -> OpenModel:
-  """Opens a model folder, or the newest step of a run's workdir.
+  """Opens a model folder, or the best or newest step of a run's workdir.
 
-  A model folder's arrays are loaded one by one, a run's all at the first. Of a
-  run, the averaged parameters are taken where there are any.
+  The best is taken where the run has kept one (best.py), and of a run the
+  averaged parameters where there are any. A model folder's arrays are loaded
+  one by one, a run's all at the first.
 
   Raises:
     UserError: the folder holds neither, or what it holds is damaged.
@@ -886,7 +895,7 @@ def open_model(path: PathLike) -> OpenModel:
 def load_model(
   path: PathLike, *, abstract: bool = False, lazy: bool = False
 ) -> LoadedModel:
-  """Loads a model folder, or the newest step of a run's workdir.
+  """Loads a model folder, or the best or newest step of a run's workdir.
 
   Args:
     abstract: give `jax.ShapeDtypeStruct`s in place of arrays, and "" as the
@@ -954,7 +963,7 @@ def _load_all(
 
 
 def _open_run(directory: pathlib.Path) -> dict[str, tensor_files.LazyArray]:
-  """The variables and tables of the newest step, by the names of a model."""
+  """The variables and tables of one step, by the names of a model."""
   read = functools.cache(functools.partial(_read_run, directory))
   return {
     name: tensor_files.LazyArray(
@@ -975,8 +984,9 @@ def _read_run(
     params = ema if any(n.startswith(ema) for n in names) else plain
     return [n for n in names if n.startswith((params, *others))]
 
-  _, flat = Checkpointer(directory)._restore_flat(
-    None, select, shapes_only=shapes_only
+  checkpointer = Checkpointer(directory)
+  _, flat = checkpointer._restore_flat(
+    _best_step(checkpointer), select, shapes_only=shapes_only
   )
   prefixes = {ema: "params.", plain: "params.", **others}
   return {
@@ -985,3 +995,16 @@ def _read_run(
     for old, new in prefixes.items()
     if name.startswith(old)
   }
+
+
+def _best_step(checkpointer: Checkpointer) -> int | None:
+  """The step that the newest one names as the best; None: it names none."""
+  steps = checkpointer.steps()
+  if not steps:
+    return None
+  with contextlib.suppress(_CorruptError):
+    manifest = _read_manifest(checkpointer._folder(steps[-1]))
+    if _BEST not in manifest["leaves"]:
+      return None
+  _, flat = checkpointer.restore_flat(names=rf"^{re.escape(_BEST)}$")
+  return int(flat[_BEST]) or None if _BEST in flat else None

@@ -30,6 +30,7 @@ import optax
 from absl import logging
 
 from unclip_jax import (
+  best,
   checkpoints,
   distributed,
   features,
@@ -177,6 +178,7 @@ class Setup(Stage):
   learning_rate: Callable[[Any], Any]
   sam: optim.Sam | None
   init_from: init_from.InitFrom
+  best: best.Best
   backend: partitioning.Jit | partitioning.Pmap
   frozen: dict[str, PyTree]  # on the mesh; tables join at the start of a run
 
@@ -252,6 +254,11 @@ def setup(
     ),
     init_from=config_lib.construct(
       init_from.InitFrom, config.get("init_from"), where="config.init_from"
+    ),
+    best=config_lib.construct(
+      best.Best,
+      config.checkpoint.get("best"),
+      where="config.checkpoint.best",
     ),
     data=data,
     mesh=mesh,
@@ -362,14 +369,23 @@ def train(
     )
     writer = metric_writers.create_writer(workdir)
     try:
-      state, tables = _start(run, workdir, checkpointer)
+      state, tables, record = _start(run, workdir, checkpointer)
       # Not earlier: a start that failed leaves a folder that is free.
       checkpoints.save_config(workdir, config)
       checkpoints.save_assets(workdir, run.data.assets())
       writer.truncate_after(int(state.step))
       frozen = {**run.frozen, **tables}
       return _loop(
-        run, state, frozen, tables, checkpointer, writer, stop, timer, trace
+        run,
+        state,
+        frozen,
+        tables,
+        record,
+        checkpointer,
+        writer,
+        stop,
+        timer,
+        trace,
       )
     finally:
       with timer.part("checkpoint"):
@@ -380,8 +396,11 @@ def train(
 
 def _start(
   run: Setup, workdir: str, checkpointer: checkpoints.Checkpointer
-) -> tuple[TrainState, dict[str, PyTree]]:
-  """The newest whole checkpoint, else a fresh state and its tables."""
+) -> tuple[TrainState, dict[str, PyTree], dict[str, best.Record]]:
+  """The newest whole checkpoint, else a fresh state and its tables.
+
+  Also what is known of the best step, where that is watched.
+  """
   config = run.config
   table_shapes = _table_shapes(run)
   template = state_shapes(run, {**run.frozen, **table_shapes})
@@ -389,11 +408,14 @@ def _start(
     partitioning.overview(template, run.frozen, run.mesh), workdir
   )
   checkpointer.clean_incomplete()
-  restored = checkpointer.restore({"state": template, "tables": table_shapes})
+  record = run.best.record()
+  restored = checkpointer.restore(
+    {"state": template, "tables": table_shapes, **record}
+  )
   if restored is not None:
     step, tree = restored
     logging.info("resuming %s at step %d", workdir, step)
-    return tree["state"], tree["tables"]
+    return tree["state"], tree["tables"], {k: tree[k] for k in record}
 
   given = run.init_from.load(
     config.frozen,
@@ -414,7 +436,7 @@ def _start(
   state = init(
     jax.random.key(config.seed), batch, {**run.frozen, **tables}, given
   )
-  return state, tables
+  return state, tables, record
 
 
 def _tables(
@@ -457,6 +479,7 @@ def _loop(
   state: TrainState,
   frozen: Mapping[str, PyTree],
   tables: Mapping[str, PyTree],
+  record: dict[str, best.Record],
   checkpointer: checkpoints.Checkpointer,
   writer: metric_writers.MetricWriter,
   stop: _Stop,
@@ -469,6 +492,7 @@ def _loop(
     run.train_step(), jax.tree.map(lambda x: x.sharding, state)
   )
   evals = build_evals(run)
+  run.best.check(evals)
   start = step = int(state.step)
   batches = run.data.train_batches(
     step,
@@ -478,7 +502,9 @@ def _loop(
 
   def save(step: int) -> None:
     checkpointer.save(
-      step, {"state": run.backend.on_mesh(state), "tables": tables}
+      step,
+      {"state": run.backend.on_mesh(state), "tables": tables, **record},
+      keep_step=best.step_of(record),
     )
 
   if trace is not None:
@@ -495,7 +521,7 @@ def _loop(
     distributed.Watchdog(config.step_timeout) as watchdog,
     contextlib.closing(batches),
   ):
-    stopping = False
+    stopping = run.best.is_over(record)
     while step < config.num_steps and not stopping:
       with timer.part("data_wait"):
         batch = run.backend.place(next(batches))
@@ -531,13 +557,24 @@ def _loop(
             metric_writers.write_results(
               writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
             )
+            record = run.best.update(record, step, name, results)
 
-      if step % config.checkpoint.every_steps == 0 or last:
+      if run.best.is_over(record):
+        stopping = last = True
+      is_best = step == best.step_of(record)
+      if step % config.checkpoint.every_steps == 0 or last or is_best:
         with timer.part("checkpoint"), watchdog.paused():
           save(step)
           writer.flush()
           timer.save()
-  if step < config.num_steps:
+  if run.best.is_over(record):
+    logging.info(
+      "stopped at step %d: %s is the best at step %d",
+      step,
+      run.best.metric,
+      best.step_of(record) or 0,
+    )
+  elif step < config.num_steps:
     logging.info("stopped at step %d; the same command goes on", step)
   return state
 
