@@ -333,9 +333,9 @@ def convert(folder: pathlib.Path, model: pathlib.Path) -> None:
 
 _CONVERT = """
 import resource, sys
-from unclip_jax import pipelines
+from unclip_jax import stages
 from unclip_jax.interop import karlo
-pipelines.write_index(sys.argv[2], karlo.convert_in(*sys.argv[1:]))
+stages.write_index(sys.argv[2], karlo.convert_in(*sys.argv[1:]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 

@@ -88,6 +88,7 @@ def draw_and_report(out: pathlib.Path) -> dict[str, Any]:
   import numpy as np
 
   from unclip_jax import pipelines
+  from unclip_jax.data import preprocess
   from unclip_jax.evaluators import report as report_lib
 
   pipe = pipelines.UnCLIPPipeline.from_pretrained(str(out / "model"))
@@ -102,7 +103,7 @@ def draw_and_report(out: pathlib.Path) -> dict[str, Any]:
     draw_batch_size=NUM_SAMPLES,
   )
   grid = report["nearest_match"].pop("grid")
-  pipelines.to_pil(grid / 2 + 0.5).save(out / "true_and_drawn.png")
+  preprocess.to_pil(grid / 2 + 0.5).save(out / "true_and_drawn.png")
   report["stages"] = {name: stage_report(out / name) for name in STAGES}
   infos = [data.example_info(i, "train") for i in range(count)]
   report["training_code_points"] = [info["code_point"] for info in infos]
@@ -124,7 +125,7 @@ def samples_picture(prompts: list[str], drawn: Any, true: Any) -> Any:
   import PIL.ImageDraw
   import PIL.ImageFont
 
-  from unclip_jax import pipelines
+  from unclip_jax.data import preprocess
 
   side, gap, text_height, columns = 112, 14, 36, 5
   width, height = 2 * side + gap, side + text_height + gap
@@ -145,7 +146,7 @@ def samples_picture(prompts: list[str], drawn: Any, true: Any) -> Any:
     x = gap + (i % columns) * (width + gap)
     y = top + (i // columns) * height
     for j, image in enumerate((drawn[i], true[i])):
-      tile = pipelines.to_pil(image).resize((side, side))
+      tile = preprocess.to_pil(image).resize((side, side))
       sheet.paste(tile, (x + j * side, y))
     pen.rectangle((x - 1, y - 1, x + 2 * side, y + side), outline="#cccccc")
     lines = textwrap.wrap(prompt, 34)[:2]

@@ -56,8 +56,14 @@ ALLOWED["embeddings"] = {
   *("data", "metrics", "partitioning", "upstream", "utils"),
 }
 ALLOWED["protocols"] = {"evaluators", "metrics", "data", "utils"}
-ALLOWED["manipulations"] = {"data", "metrics", "tensor_files", "utils"}
-ALLOWED["pipelines"] = ALLOWED["inference"] | {"inference", "manipulations"}
+ALLOWED["stages"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["manipulations"] = {
+  *("data", "metrics", "stages", "tensor_files", "utils"),
+}
+ALLOWED["text_to_image"] = ALLOWED["stages"] | {"stages"}
+ALLOWED["pipelines"] = ALLOWED["stages"] | {
+  *("stages", "manipulations", "text_to_image"),
+}
 
 # Each may import anything; nobody imports them.
 PROGRAMS = {

@@ -11,7 +11,9 @@
   unclip convert --to diffusers --src models/karlo --out DIR
 
 runs: SRC holds a run folder for each part: clip, prior, decoder,
-upsampler_SIZE; no prior where the decoder was trained on text embeddings.
+upsampler_SIZE; no prior where the decoder was trained on text embeddings. Of
+the systems of configs/baselines SRC is the run that draws, or holds it as
+`generator`, with upsampler_SIZE and a clip that ranks candidates where wanted.
 `--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
 must know. lora: SRC is one run of adapters (configs/lora.py), and OUT the part
 of a model that they make of the one that they adapt; `--from runs` takes such
@@ -28,7 +30,7 @@ import os
 
 from absl import flags
 
-from unclip_jax import inference, pipelines
+from unclip_jax import inference, pipelines, stages, text_to_image
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs
 
@@ -80,10 +82,6 @@ def run_folders(src: str) -> dict[str, str]:
     for name in os.listdir(src)
     if os.path.exists(os.path.join(src, name, "config.json"))
   )
-  upsamplers = sorted(
-    (name for name in found if name.startswith("upsampler_")),
-    key=lambda name: int(name.rpartition("_")[2]),
-  )
   missing = [name for name in ("clip", "decoder") if name not in found]
   if missing:
     raise errors.UserError(
@@ -91,7 +89,16 @@ def run_folders(src: str) -> dict[str, str]:
       f"{os.path.join(src, missing[0])}"
     )
   names = [x for x in ("clip", "prior", "decoder") if x in found]
-  return {name: os.path.join(src, name) for name in [*names, *upsamplers]}
+  folders = {name: os.path.join(src, name) for name in names}
+  return folders | stages.upsampler_folders(src)
+
+
+def _is_generator(src: str) -> bool:
+  """Whether SRC is, or holds, one run that draws from captions by itself."""
+  return any(
+    os.path.exists(os.path.join(src, name, "config.json"))
+    for name in ("", "generator")
+  )
 
 
 def main() -> None:
@@ -102,6 +109,10 @@ def main() -> None:
     raise errors.UserError("--image_encoder goes with --from karlo")
   if FIT_VARIANCE.value and (TO.value or FROM.value not in (None, "runs")):
     raise errors.UserError("--fit_variance goes with --from runs")
+  if FIT_VARIANCE.value and _is_generator(src):
+    raise errors.UserError(
+      "--fit_variance is for models with a CLIP and a prior"
+    )
   if os.path.realpath(src) == os.path.realpath(out):
     raise errors.UserError("SRC and OUT are one folder: write to another")
   if TO.value:
@@ -109,11 +120,13 @@ def main() -> None:
   elif FROM.value == "karlo":
     karlo = config_lib.import_module(_READERS[FROM.value])
     names = karlo.convert_in(src, out, image_encoder=IMAGE_ENCODER.value)
-    pipelines.write_index(out, names)
+    stages.write_index(out, names)
   elif FROM.value in _READERS:
     config_lib.import_module(_READERS[FROM.value]).convert_in(src, out)
   elif FROM.value == "lora":
-    pipelines.save_part(inference.load(src), out)
+    stages.save_part(inference.load(src), out)
+  elif _is_generator(src):
+    text_to_image.TextToImagePipeline.from_runs(src).save_pretrained(out)
   else:
     pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(src))
     for name in FIT_VARIANCE.value:

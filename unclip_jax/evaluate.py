@@ -35,6 +35,7 @@ import numpy as np
 from absl import flags
 
 from unclip_jax import checkpoints, features, pipelines, trainer
+from unclip_jax.data import preprocess
 from unclip_jax.evaluators import report
 from unclip_jax.protocols import base
 from unclip_jax.utils import config as config_lib
@@ -85,7 +86,7 @@ def main() -> None:
       continue
     for key in [k for k, value in values.items() if np.ndim(value)]:
       path = out.with_suffix(f".{name}.{key}.png")
-      pipelines.to_pil(values.pop(key) / 2 + 0.5).save(path)
+      preprocess.to_pil(values.pop(key) / 2 + 0.5).save(path)
       written.append(str(path))
   text = json.dumps(results, indent=2)
   out.write_text(text + "\n", encoding="utf-8")
@@ -98,7 +99,7 @@ def of_model() -> dict[str, Any]:
   if CONFIG.path is not None:
     raise errors.UserError("--config goes with --run")
   networks = {"fid": INCEPTION.value, "clip_score": CLIP.value}
-  pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
+  pipe = pipelines.load(MODEL.value)
   results = report.report(
     pipe.predict_fns(SEED.value),
     pipe.data(),
@@ -123,9 +124,13 @@ def of_protocol(out: pathlib.Path) -> list[pathlib.Path]:
     module.Protocol, FIELDS.value, where="--protocol"
   )
   protocol = config_lib.construct(module.Protocol, fields, where="--protocol")
-  pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
+  pipe = pipelines.load(MODEL.value)
   if CLIP.value:
     clip = features.load(CLIP.value)
+  elif "clip" not in pipe.parts:
+    raise errors.UserError(
+      "this model has no CLIP to look at its pictures with: give one by --clip"
+    )
   else:  # its own, which its pictures please by construction
     weights, _ = pipe.weights("clip")
     clip = features.of(pipe.parts["clip"]._replace(variables=weights))

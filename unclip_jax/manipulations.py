@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unclip_jax import tensor_files
 from unclip_jax.data import preprocess
 from unclip_jax.metrics import pictures
+from unclip_jax.stages import PipelineOutput
 from unclip_jax.utils import errors
 
 # A pipelines.UnCLIPPipeline; that module imports this one.
@@ -31,15 +32,6 @@ UnCLIPPipeline = Any
 Picture = Image.Image | np.ndarray
 # Of Fig. 7; those beyond the CLIP's dimensions are left out.
 PCA_DIMS = (20, 30, 40, 80, 120, 160, 200, 320)
-
-
-class PipelineOutput(NamedTuple):
-  """What a call of the pipeline gives."""
-
-  images: Any  # list of PIL pictures, or float32 [N, H, W, 3] in [0, 1]
-  image_embeds: np.ndarray  # [N, D], the prior's draws in the CLIP's own space
-  options: dict[str, dict[str, Any]]  # what each stage was drawn with
-  seconds: dict[str, float]  # wall time of each stage
 
 
 class Latents(NamedTuple):

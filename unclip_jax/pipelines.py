@@ -1,48 +1,29 @@
 """UnCLIPPipeline: from prompts to pictures through all the trained stages.
 
-Each stage is one jitted function of `(variables, frozen, batch, rngs)` that
-compiles once for a given batch size and set of options. Every picture has its
-own key, made from the seed and its place in the request, so the same seed
-gives the same pictures whatever the batch size.
+How stages are loaded and run: stages.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
-import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from unclip_jax import (
-  __version__,
-  checkpoints,
-  inference,
-  manipulations,
-  tensor_files,
-)
+from unclip_jax import inference, manipulations, stages, text_to_image
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import preprocess, tokenizers
+from unclip_jax.stages import Arrays, Callback, PipelineOutput, Predict
 from unclip_jax.tasks import base as tasks_base
 from unclip_jax.utils import errors, progress
 
-INDEX = "model_index.json"
-to_pil = preprocess.to_pil
-PipelineOutput = manipulations.PipelineOutput
-Callback = Callable[[str, int, int], None]
-Arrays = Mapping[str, np.ndarray]
-Predict = Callable[[Arrays], Arrays]
 
-
-class UnCLIPPipeline:
+class UnCLIPPipeline(stages.Stages):
   """Text to picture with CLIP, a prior, a decoder and upsamplers.
 
   Attributes:
@@ -51,6 +32,8 @@ class UnCLIPPipeline:
       embeddings (tasks.decoder) stands without a prior; another one without a
       prior draws from pictures only (`variations`).
   """
+
+  first = "decoder"
 
   def __init__(self, parts: Mapping[str, inference.Loaded]):
     """Args:
@@ -65,124 +48,34 @@ class UnCLIPPipeline:
           f"the pipeline lacks its part '{name}': train it, and put its run "
           "folder beside those of the others"
         )
-    self.parts = dict(parts)
+    super().__init__(parts)
     if self._reads_text and "prior" in parts:
       raise errors.UserError(
         "this decoder was trained on text embeddings: leave out the prior"
       )
     self.tokenizer = tokenizers.load(parts["clip"].assets_dir or "")
-    self._jitted: dict[Any, Callable[..., Any]] = {}
-    self._on_step: Callable[[int], None] = lambda num_steps: None
-
-  @classmethod
-  def from_parts(
-    cls,
-    folders: Mapping[str, str],
-    *,
-    weights_dtype: str | None = None,
-    compute_dtype: str | None = None,
-    offload: bool = False,
-  ) -> UnCLIPPipeline:
-    """Loads each part from a run folder or from a part of a model folder.
-
-    Args:
-      weights_dtype, compute_dtype: "float32" or "bfloat16", of the weights in
-        memory and of the work done with them; None: as each part was saved.
-      offload: the weights of a stage are in memory only while it draws; for
-        parts of a model folder, and machines that cannot hold all of them.
-
-    Raises:
-      UserError: a folder is missing, or a prior or decoder was trained with
-        another CLIP than the one given.
-    """
-    parts: dict[str, inference.Loaded] = {}
-    for name, folder in folders.items():
-      parts[name] = inference.load(
-        folder,
-        upstream_models=parts,
-        weights_dtype=weights_dtype,
-        compute_dtype=compute_dtype,
-        lazy=offload,
-      )
-    return cls(parts)
-
-  @classmethod
-  def from_pretrained(cls, folder: str, **options: Any) -> UnCLIPPipeline:
-    """Loads a model folder that `save_pretrained` or `unclip convert` wrote.
-
-    Args:
-      **options: of `from_parts`.
-
-    Raises:
-      UserError: there is no model in the folder.
-    """
-    path = os.path.join(folder, INDEX)
-    if not os.path.exists(path):
-      raise errors.UserError(
-        f"there is no model in '{folder}' ({INDEX} is missing): `make "
-        "quickstart` makes one in runs/quickstart/model"
-      )
-    with open(path, encoding="utf-8") as f:
-      names = json.load(f)["parts"]
-    folders = {name: os.path.join(folder, name) for name in names}
-    return cls.from_parts(folders, **options)
-
-  def save_pretrained(self, folder: str) -> None:
-    """Writes `model_index.json` and a folder for each part (safetensors)."""
-    for name, part in self.parts.items():
-      config = part.config.copy_and_resolve_references()
-      with config.unlocked():
-        for upstream_name in config.frozen:
-          config.frozen[upstream_name].path = f"../{upstream_name}"
-      save_part(part._replace(config=config), os.path.join(folder, name))
-    write_index(folder, self.parts)
 
   @property
-  def _stages(self) -> list[str]:
+  def stages(self) -> list[str]:
     """What draws, in its order: the prior, the decoder, the upsamplers."""
     return [name for name in self.parts if name != "clip"]
+
+  def reads(self, name: str) -> tuple[str, ...]:
+    """What of the batch a stage is given."""
+    return {
+      "prior": ("text_tokens", "text_mask"),
+      "decoder": ("text_tokens", "text_mask", "image_embed"),
+    }.get(name, ("low_res",))
+
+  @property
+  def assets_dir(self) -> str | None:
+    """Where the tokenizer's files are."""
+    return self.parts["clip"].assets_dir
 
   @property
   def _reads_text(self) -> bool:
     """Whether the decoder takes the text embedding where others take z_i."""
     return self.parts["decoder"].task.condition_on == "text_embed"
-
-  @property
-  def upsamplers(self) -> list[str]:
-    return [name for name in self.parts if name.startswith("upsampler")]
-
-  @property
-  def image_size(self) -> int:
-    """Pixels of a side of the final pictures."""
-    return list(self.sizes().values())[-1]
-
-  def sizes(self) -> dict[str, int]:
-    """Stage -> pixels of a side of the pictures that it draws."""
-    size = self.parts["decoder"].task.model.image_size
-    sizes = {"decoder": size}
-    for name in self.upsamplers:
-      size *= self.parts[name].task.scale
-      sizes[name] = size
-    return sizes
-
-  def data(self) -> data_pipeline.DataPipeline:
-    """What the decoder was trained on, with pictures of the final size.
-
-    Raises:
-      UserError: the decoder was converted, and names no data.
-    """
-    part = self.parts["decoder"]
-    config = _data_config(part, "decoder").copy_and_resolve_references()
-    with config.unlocked():
-      config.preprocess.image_size = self.image_size
-      if "image_size" in config.source:  # of a source that stores pictures
-        stored = max(config.source.image_size, self.image_size)
-        config.source.image_size = stored
-    return data_pipeline.DataPipeline.from_config(
-      config,
-      seed=part.config.seed,
-      assets_dir=self.parts["clip"].assets_dir,
-    )
 
   def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """`text_tokens` [B, L] int32 and `text_mask` [B, L] bool.
@@ -248,7 +141,7 @@ class UnCLIPPipeline:
     if not hasattr(getattr(part, "task", None), "diffusion"):
       raise errors.UserError(
         f"'{name}' is no diffusion stage of this model: use one of "
-        f"{', '.join(self._stages)}"
+        f"{', '.join(self.stages)}"
       )
     if part.task.diffusion.learned_variance:
       raise errors.UserError(
@@ -256,7 +149,7 @@ class UnCLIPPipeline:
       )
     config = part.config.copy_and_resolve_references()
     data = data_pipeline.DataPipeline.from_config(
-      _data_config(part, name),
+      stages.data_config(part, name),
       seed=config.seed,
       assets_dir=self.parts["clip"].assets_dir,
     )
@@ -296,14 +189,6 @@ class UnCLIPPipeline:
   inpaint = manipulations.inpaint
   outpaint = manipulations.outpaint
 
-  def jitted(
-    self, key: Any, make: Callable[[], Callable[..., Any]]
-  ) -> Callable[..., Any]:
-    """The jitted function that `make` gave when it was first asked for."""
-    if key not in self._jitted:
-      self._jitted[key] = make()
-    return self._jitted[key]
-
   def __call__(
     self,
     prompts: str | Sequence[str],
@@ -317,6 +202,7 @@ class UnCLIPPipeline:
     guidance_scale: float | None = None,
     sampler: str | None = None,
     tile_size: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     noise: Mapping[str, jax.Array] | None = None,
     callback: Callback | None = None,
     output_type: str = "pil",
@@ -335,6 +221,8 @@ class UnCLIPPipeline:
       sampler: a name in diffusion.samplers.SAMPLERS, for all diffusion stages.
       tile_size: pixels of a side that the upsamplers see at once, where memory
         is short (tasks/upsampler.py); None: all.
+      options: stage -> further options of its `sample`, such as
+        {"prior": {"temperature": 0.8}} of an autoregressive one.
       noise: in place of every draw: diffusion stage -> `[num_sample_steps + 1,
         N, ...]`, entry 0 is x_T, entry i the noise of step i. The prior's N
         counts its candidates.
@@ -360,7 +248,7 @@ class UnCLIPPipeline:
         "this model has no diffusion prior, which alone has a number of steps: "
         "leave prior_steps out"
       )
-    options: dict[str, dict[str, Any]] = {
+    given: dict[str, dict[str, Any]] = {
       "prior": dict(
         num_sample_steps=prior_steps, guidance_scale=prior_guidance_scale
       ),
@@ -372,52 +260,46 @@ class UnCLIPPipeline:
         for name in self.upsamplers
       },
     }
-    options = {k: v for k, v in options.items() if k in self.parts}
-    for name, stage in options.items():
+    given = {k: v for k, v in given.items() if k in self.parts}
+    for name, stage in given.items():
       if self._takes(name, "sampler"):
         stage["sampler"] = sampler
+    for name, further in (options or {}).items():
+      if name not in given:
+        raise errors.UserError(
+          f"this model has no stage '{name}': it has {', '.join(given)}"
+        )
+      for option in further:
+        self.check_option(name, option)
+      given[name] |= further
     output = self.draw(
       self.tokenize(captions),
-      options,
+      given,
       seed=seed,
       batch_size=batch_size,
       noise=noise,
       callback=callback,
     )
     if output_type == "pil":
-      output = output._replace(images=[to_pil(x) for x in output.images])
+      output = output._replace(
+        images=[preprocess.to_pil(x) for x in output.images]
+      )
     return output
 
   def draw(
     self,
     batch: Mapping[str, np.ndarray],
     options: Mapping[str, Mapping[str, Any]],
-    *,
-    arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-    indices: np.ndarray | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    noise: Mapping[str, jax.Array] | None = None,
-    callback: Callback | None = None,
+    **how: Any,
   ) -> PipelineOutput:
-    """Runs stages one after another on N rows: what every method ends in.
+    """As `stages.Stages.draw`.
 
-    Args:
-      batch: `text_tokens`, `text_mask` [N, L] and, where the prior is not
-        among the stages, `image_embed` [N, D]; where the pipeline has no
-        prior, its default is the CLIP's `text_embed`.
-      options: the stages to run, in their order -> options of their `sample`;
-        None for the stage's own.
-      arrays: stage -> options of its `sample` that are arrays, a row for each
-        of N: `x_T`, `init`, `known`, `is_known`.
-      indices: [N] int; picture i is a function of (seed, indices[i]). None:
-        0 to N - 1.
-      seed, batch_size, noise, callback: as in `__call__`.
+    Without a prior among the stages the batch gives `image_embed` [N, D]; where
+    the pipeline has no prior, its default is the CLIP's `text_embed`.
 
-    Returns:
-      `images` are float32 [N, H, W, 3] in [0, 1].
+    Raises:
+      UserError: there is neither.
     """
-    arrays = arrays or {}
     if "prior" not in options and "image_embed" not in batch:
       if not self._reads_text:
         raise errors.UserError(
@@ -425,136 +307,7 @@ class UnCLIPPipeline:
           "(variations, interpolate, ...), or add the prior to its folder"
         )
       batch = {**batch, "image_embed": self.encode_text(batch)}
-    N = len(batch["text_tokens"])
-    indices = np.arange(N) if indices is None else indices
-    options = {name: self.options(name, options[name]) for name in options}
-    batch_size = min(batch_size, N)
-    seconds = {}
-    # The last batch is filled up with rows that are thrown away, so that
-    # nothing compiles a second time.
-    batches = [
-      np.minimum(np.arange(first, first + batch_size), N - 1)
-      for first in range(0, N, batch_size)
-    ]
-    inputs: list[dict[str, Any]] = [
-      {k: v[rows] for k, v in batch.items()} for rows in batches
-    ]
-    for name in options:
-      start = time.monotonic()
-      weights = self.weights(name)
-      for i, rows in enumerate(batches):
-        keys = _keys(jax.random.key(seed), jnp.asarray(indices[rows]))
-        output = self._run(
-          name,
-          weights,
-          inputs[i],
-          _fold_all(keys, self._stages.index(name)),
-          options[name],
-          {
-            **{k: v[rows] for k, v in arrays.get(name, {}).items()},
-            **self._noise_rows(noise, name, rows),
-          },
-          callback,
-        )
-        if name == "prior":
-          inputs[i]["image_embed"] = np.asarray(output["image_embed"])
-        else:
-          inputs[i]["low_res"] = np.asarray(output["image"])
-      del weights  # of an offloaded stage, before the next one's are loaded
-      seconds[name] = time.monotonic() - start
-    return PipelineOutput(
-      np.concatenate([x["low_res"] for x in inputs])[:N] / 2 + 0.5,
-      np.concatenate([x["image_embed"] for x in inputs])[:N],
-      options,
-      seconds,
-    )
-
-  def weights(self, name: str) -> tuple[Any, Any]:
-    """Variables and frozen variables of a part, in memory."""
-    part = self.parts[name]
-    return jax.device_put(tensor_files.loaded((part.variables, part.frozen)))
-
-  def _noise_rows(
-    self, noise: Mapping[str, jax.Array] | None, name: str, rows: np.ndarray
-  ) -> dict[str, jax.Array]:
-    """The injected noise of one stage for some pictures, as its option."""
-    if noise is None:
-      return {}
-    if not self._takes(name, "noise"):
-      if name in noise:
-        raise errors.UserError(
-          f"the stage '{name}' of this model draws codes, not noise: leave it "
-          "out of noise"
-        )
-      return {}
-    if name not in noise:
-      raise errors.UserError(
-        f"noise lacks the stage '{name}': give all stages or none"
-      )
-    copies = 1
-    if name == "prior":
-      copies = self.options(name, {})["num_candidates"]
-    rows = (rows[:, None] * copies + np.arange(copies)).ravel()
-    return {"noise": jnp.asarray(noise[name])[:, rows]}
-
-  def _takes(self, name: str, option: str) -> bool:
-    """Whether a stage's `sample` has an option; diffusion passes any on."""
-    if name not in self.parts:
-      return False
-    parameters = inspect.signature(self.parts[name].task.sample).parameters
-    kinds = [parameter.kind for parameter in parameters.values()]
-    return option in parameters or inspect.Parameter.VAR_KEYWORD in kinds
-
-  def options(
-    self, name: str, given: Mapping[str, Any] | None = None
-  ) -> dict[str, Any]:
-    """A stage's own options with those put in that are not None."""
-    own = self.parts[name].task.sample_options
-    given = {k: v for k, v in (given or {}).items() if v is not None}
-    return {**own, **given}
-
-  def _run(
-    self,
-    name: str,
-    weights: tuple[Any, Any],
-    batch: Mapping[str, Any],
-    keys: jax.Array,
-    static: Mapping[str, Any],
-    arrays: Mapping[str, Any],
-    callback: Callback | None,
-  ) -> dict[str, jax.Array]:
-    """One stage; its jitted function is kept by the options given."""
-    part = self.parts[name]
-    # A stable trampoline: another callback does not compile again.
-    on_step = (lambda n: self._on_step(n)) if callback is not None else None
-
-    def sample(
-      variables: Any,
-      frozen: Any,
-      batch: Any,
-      keys: Any,
-      arrays: Any,
-    ) -> dict[str, jax.Array]:
-      return part.task.sample(
-        variables,
-        frozen,
-        batch,
-        keys,
-        on_step=on_step,
-        **arrays,
-        **static,
-      )
-
-    key = (name, callback is not None, tuple(sorted(static.items())))
-    run = self.jitted(key, lambda: jax.jit(sample))
-    if callback is not None:
-      self._on_step = _counter(callback, name)
-    names = {
-      "prior": ("text_tokens", "text_mask"),
-      "decoder": ("text_tokens", "text_mask", "image_embed"),
-    }.get(name, ("low_res",))
-    inputs = {k: batch[k] for k in names}
-    return run(*weights, inputs, keys, arrays)
+    return super().draw(batch, options, **how)
 
   def predict_fns(
     self, seed: int = 0, options: Mapping[str, Mapping[str, Any]] | None = None
@@ -570,11 +323,12 @@ class UnCLIPPipeline:
         saved with; stages that the model lacks are passed over.
     """
     clip = self.parts["clip"]
-    embed = jax.jit(clip.task.predict_fns()["embed"])
+    embed = self.jitted(
+      "embed", lambda: jax.jit(clip.task.predict_fns()["embed"])
+    )
     variables, _ = self.weights("clip")
     key = jax.random.key(seed)
     options = options or {}
-    stages = {name: options.get(name, {}) for name in self._stages}
 
     def embed_fn(batch: Arrays) -> Arrays:
       inputs = {
@@ -584,77 +338,56 @@ class UnCLIPPipeline:
       }
       return jax.device_get(embed(variables, clip.frozen, inputs, key))
 
-    def text_to_image(batch: Arrays) -> Arrays:
-      text = {k: batch[k] for k in ("text_tokens", "text_mask")}
-      output = self.draw(
-        text,
-        stages,
-        indices=batch["index"],
-        seed=seed,
-        batch_size=len(batch["index"]),
-      )
-      return {"image": output.images * 2 - 1}
-
-    predict_fns = {"embed": embed_fn, "text_to_image": text_to_image}
+    predict_fns = {
+      "embed": embed_fn,
+      "text_to_image": self.text_to_image(seed, options),
+    }
     if "prior" in self.parts:
-      task = dataclasses.replace(
-        self.parts["prior"].task,
-        sample_options=self.options("prior", stages["prior"]),
-      )
-      fns = task.predict_fns()
-      predict_fns["prior"] = self._prior_predict_fn(fns["sample"], key)
-      predict_fns["prior_loss"] = self._prior_predict_fn(fns["loss"], key)
+      own = self.options("prior", options.get("prior"))
+      task = dataclasses.replace(self.parts["prior"].task, sample_options=own)
+      for name, fn in (("prior", "sample"), ("prior_loss", "loss")):
+        jitted = self.jitted(
+          (name, tuple(sorted(own.items()))),
+          lambda fn=fn: jax.jit(task.predict_fns()[fn]),
+        )
+        predict_fns[name] = self._prior_predict_fn(jitted, key)
     return predict_fns
 
   def _prior_predict_fn(
     self, predict_fn: tasks_base.PredictFn, key: jax.Array
   ) -> Predict:
-    """One of the prior's, each row by its own key."""
-    jitted = jax.jit(predict_fn)
+    """One of the prior's, jitted, each row by its own key."""
     weights = self.weights("prior")
     names = ("clip_image", "text_tokens", "text_mask", "timesteps")
 
     def predict(batch: Arrays) -> Arrays:
       inputs = {k: batch[k] for k in names if k in batch}
-      keys = _keys(key, jnp.asarray(batch["index"]))
-      return jax.device_get(jitted(*weights, inputs, keys))
+      keys = stages.keys_of(key, jnp.asarray(batch["index"]))
+      return jax.device_get(predict_fn(*weights, inputs, keys))
 
     return predict
 
 
-def save_part(part: inference.Loaded, folder: str) -> None:
-  """Writes one model as a part of a released model (safetensors)."""
-  upstream_names = part.config.get("frozen", {})
-  checkpoints.save_model(
-    folder,
-    part.config,
-    part.variables,
-    {k: v for k, v in part.frozen.items() if k not in upstream_names},
-    _assets(part.assets_dir),
-  )
+def load(folder: str, **options: Any) -> stages.Stages:
+  """The model of a folder, of whatever kind: what `unclip sample` draws with.
 
+  Args:
+    folder: a model folder, or one run that draws from captions by itself.
+    **options: of `stages.Stages.from_parts`.
 
-def write_index(folder: str, parts: Iterable[str]) -> None:
-  """Writes `model_index.json`: the folder's parts, in their order."""
-  index = {
-    "_class_name": "UnCLIPPipeline",
-    "_unclip_jax_version": __version__,
-    "parts": list(parts),
-  }
-  with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
-    json.dump(index, f, indent=2)
-
-
-def _data_config(
-  part: inference.Loaded, name: str
-) -> ml_collections.ConfigDict:
-  """The `config.data` that a part was trained with."""
-  if "data" not in part.config:
+  Raises:
+    UserError: there is no model in the folder, or one of an unknown kind.
+  """
+  generator = text_to_image.TextToImagePipeline
+  if os.path.exists(os.path.join(folder, "config.json")):
+    return generator.from_runs(folder, **options)
+  name = stages.read_index(folder)["_class_name"]
+  kinds = {kind.__name__: kind for kind in (UnCLIPPipeline, generator)}
+  if name not in kinds:
     raise errors.UserError(
-      f"this model's {name} was converted, and does not say what it was trained"
-      " on: fine-tune it on data of yours first"
+      f"the model in '{folder}' is a '{name}', which this version does not know"
     )
-  return part.config.data
+  return kinds[name].from_pretrained(folder, **options)
 
 
 def _counted(
@@ -664,35 +397,3 @@ def _counted(
   for done, batch in enumerate(batches, 1):
     yield batch
     bar.update(done)
-
-
-def _counter(callback: Callback, stage: str) -> Callable[[int], None]:
-  """A function that calls `callback(stage, 1, n)`, `(stage, 2, n)`, ..."""
-  done = 0
-
-  def on_step(num_steps: int) -> None:
-    nonlocal done
-    done += 1
-    callback(stage, done, num_steps)
-
-  return on_step
-
-
-def _keys(key: jax.Array, indices: jax.Array) -> jax.Array:
-  """One key for each index, [N]."""
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-
-
-def _fold_all(keys: jax.Array, data: int) -> jax.Array:
-  """`fold_in` of every key of [N]."""
-  return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
-
-
-def _assets(assets_dir: str | None) -> dict[str, str]:
-  if assets_dir is None or not os.path.isdir(assets_dir):
-    return {}
-  return {
-    name: os.path.join(assets_dir, name)
-    for name in sorted(os.listdir(assets_dir))
-    if name not in ("config.json", "model.safetensors")
-  }

@@ -2,6 +2,13 @@
 
   unclip sample --model runs/quickstart/model --prompt "a frog" --out out
   unclip sample --model DIR --prompts prompts.txt --num_images 4 --out out
+  unclip sample --model DIR --prompt "a frog" --out out --prior.temperature=0.8
+  unclip sample --model runs/baselines/dalle --prompt "a frog" --out out \
+    --generator.top_p=0.9 --num_candidates 8
+
+DIR is a model folder, or a run of configs/baselines that draws by itself.
+--STAGE.NAME=VALUE is an option of the `sample` of a stage's task: prior,
+decoder, generator, upsampler.
 
 Writes OUT/00000.png ... and OUT/samples.jsonl (a line for each picture).
 """
@@ -10,11 +17,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from unclip_jax import pipelines
+from unclip_jax import stages as stages_lib
 from unclip_jax.diffusion import samplers
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs, progress
 
 MODEL = flags.DEFINE_string("model", None, "Model folder.", required=True)
@@ -40,6 +50,19 @@ TILE_SIZE = flags.DEFINE_integer(
   "tile_size",
   None,
   "Pixels of a side that upsamplers see at once, for small memories.",
+  1,
+)
+STAGES = {
+  stage: programs.FieldsFlag(
+    stage, f"NAME=VALUE; what --{stage}.NAME=VALUE stands for."
+  )
+  for stage in ("prior", "decoder", "generator", "upsampler")
+}
+NUM_CANDIDATES = flags.DEFINE_integer(
+  "num_candidates",
+  1,
+  "Drawn for each picture, of which the model's CLIP keeps the best; of a"
+  " generator. For a prior: --prior.num_candidates.",
   1,
 )
 OFFLOAD = flags.DEFINE_bool(
@@ -72,30 +95,73 @@ def read_prompts(path: str) -> list[str]:
     ) from e
 
 
+def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
+  """What the flags ask of a pipeline's call.
+
+  Raises:
+    UserError: a flag that the model has no stage for.
+  """
+  given = {
+    stage: {k: config_lib.literal(v) for k, v in flag.value.items()}
+    for stage, flag in STAGES.items()
+    if flag.value
+  }
+  upsampler = given.pop("upsampler", {})
+  steps = {
+    "num_sample_steps": UPSAMPLER_STEPS.value,
+    "tile_size": TILE_SIZE.value,
+  }
+  steps = {k: v for k, v in steps.items() if v is not None}
+  if isinstance(pipe, pipelines.UnCLIPPipeline):
+    given |= {name: upsampler for name in pipe.upsamplers if upsampler}
+    if NUM_CANDIDATES.value > 1:
+      raise errors.UserError(
+        "--num_candidates is of a generator; of a prior: --prior.num_candidates"
+      )
+    return dict(
+      prior_steps=PRIOR_STEPS.value,
+      decoder_steps=DECODER_STEPS.value,
+      upsampler_steps=UPSAMPLER_STEPS.value,
+      tile_size=TILE_SIZE.value,
+      prior_guidance_scale=PRIOR_GUIDANCE_SCALE.value,
+      guidance_scale=GUIDANCE_SCALE.value,
+      sampler=SAMPLER.value,
+      options=given,
+    )
+  generator = given.pop("generator", {})
+  if given or PRIOR_STEPS.value or PRIOR_GUIDANCE_SCALE.value is not None:
+    raise errors.UserError(
+      "this model has no prior and no decoder: its options are --generator.NAME"
+    )
+  own = {
+    "num_sample_steps": DECODER_STEPS.value,
+    "guidance_scale": GUIDANCE_SCALE.value,
+    "sampler": SAMPLER.value,
+  }
+  own = {k: v for k, v in own.items() if v is not None}
+  return dict(
+    num_candidates=NUM_CANDIDATES.value,
+    options={**own, **generator},
+    upsampler_options={**steps, **upsampler},
+  )
+
+
 def main() -> None:
   prompts = list(PROMPT.value)
   if PROMPTS.value:
     prompts += read_prompts(PROMPTS.value)
   if not prompts:
     raise errors.UserError("there is no prompt: give --prompt or --prompts")
-  pipe = pipelines.UnCLIPPipeline.from_pretrained(
+  pipe = pipelines.load(
     MODEL.value,
     offload=OFFLOAD.value,
     weights_dtype=WEIGHTS_DTYPE.value,
     compute_dtype=COMPUTE_DTYPE.value,
   )
-  options = dict(
-    prior_steps=PRIOR_STEPS.value,
-    decoder_steps=DECODER_STEPS.value,
-    upsampler_steps=UPSAMPLER_STEPS.value,
-    tile_size=TILE_SIZE.value,
-    prior_guidance_scale=PRIOR_GUIDANCE_SCALE.value,
-    guidance_scale=GUIDANCE_SCALE.value,
-    sampler=SAMPLER.value,
-  )
-  stages = [name for name in pipe.parts if name != "clip"]
+  options = options_of(pipe)
+  stages = pipe.stages
   done: dict[str, float] = dict.fromkeys(stages, 0.0)
-  num_images = len(prompts) * NUM_IMAGES.value
+  num_images = len(prompts) * NUM_IMAGES.value * NUM_CANDIDATES.value
   num_batches = -(-num_images // BATCH_SIZE.value)
   with progress.Progress("drawing", num_batches * len(stages)) as bar:
 

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from tests.interop import torch_karlo  # noqa: E402
-from unclip_jax import pipelines  # noqa: E402
+from unclip_jax import pipelines, stages  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.utils import errors  # noqa: E402
 
@@ -22,7 +22,7 @@ PROMPTS = ["a red frog", "", "hello world of an unicorn and the bear's owl"]
 def folders(tmp_path_factory):
   theirs, ours = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("a")
   torch_karlo.save_model(theirs)
-  pipelines.write_index(str(ours), karlo.convert_in(str(theirs), str(ours)))
+  stages.write_index(str(ours), karlo.convert_in(str(theirs), str(ours)))
   return theirs, ours
 
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from tests.interop import original_karlo, torch_karlo  # noqa: E402
-from unclip_jax import pipelines, tensor_files  # noqa: E402
+from unclip_jax import stages, tensor_files  # noqa: E402
 from unclip_jax.interop import karlo, parts  # noqa: E402
 from unclip_jax.models import prior as prior_model  # noqa: E402
 from unclip_jax.models import unet as unet_model  # noqa: E402
@@ -163,7 +163,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder, tmp_path_factory):
   out = tmp_path_factory.mktemp("model")
-  pipelines.write_index(str(out), karlo.convert_in(str(folder), str(out)))
+  stages.write_index(str(out), karlo.convert_in(str(folder), str(out)))
   return out
 
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from tests.interop import torch_karlo  # noqa: E402
-from unclip_jax import checkpoints, inference, pipelines, trainer  # noqa: E402
+from unclip_jax import checkpoints, inference, pipelines, stages, trainer  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.utils import config as config_lib  # noqa: E402
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
   root = tmp_path_factory.mktemp("karlo")
   theirs, ours, pictures = (root / x for x in ("theirs", "ours", "pictures"))
   torch_karlo.save_model(theirs)
-  pipelines.write_index(str(ours), karlo.convert_in(str(theirs), str(ours)))
+  stages.write_index(str(ours), karlo.convert_in(str(theirs), str(ours)))
   pictures.mkdir()
   rng = np.random.default_rng(0)
   for i in range(4):

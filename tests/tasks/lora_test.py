@@ -17,7 +17,7 @@ from unclip_jax import (
   checkpoints,
   gradients,
   inference,
-  pipelines,
+  stages,
   trainer,
   upstream,
 )
@@ -167,7 +167,7 @@ def test_a_loaded_run_is_the_plain_model(trained, setup, parts, tmp_path):
   assert changed == {n.rpartition(".")[0] for n in trees.flatten(adapters)}
 
   out = tmp_path / "elsewhere" / "prior"
-  pipelines.save_part(loaded, str(out))
+  stages.save_part(loaded, str(out))
   part = inference.load(str(out))
   assert part.fingerprint == loaded.fingerprint != base.fingerprint
   jax.tree.map(np.testing.assert_array_equal, part.frozen, base.frozen)

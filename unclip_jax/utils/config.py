@@ -236,6 +236,11 @@ def fields_from_text(
   return {k: _read(v, defaults[k], f"{where}.{k}") for k, v in texts.items()}
 
 
+def literal(text: str) -> Any:
+  """A Python literal, lists as tuples; the text, if it is none."""
+  return _read(text, None, "")
+
+
 def instantiate(module_path: str, name: str, fields: Fields | None) -> Any:
   """`module_path.name(**fields)`; see `construct`.
 
