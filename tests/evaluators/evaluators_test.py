@@ -232,6 +232,91 @@ def test_zero_shot_says_what_is_missing():
     run(zero_shot.Evaluator(class_field="name"), data)
 
 
+class Letters:
+  """A tokenizer that turns a text into its letters' codes."""
+
+  def encode(self, captions, length):
+    tokens = np.zeros((len(captions), length), np.int32)
+    for row, caption in zip(tokens, captions):
+      codes = [ord(x) for x in caption[:length]]
+      row[: len(codes)] = codes
+    return tokens, tokens > 0
+
+
+def letters_predict(batch):
+  """Embeddings are counts of letters; a picture is the letters it shows."""
+
+  def counts(codes):
+    return np.stack([np.bincount(x, minlength=128)[1:] for x in codes])
+
+  return {
+    "image_embed": counts(batch["image"]) * 3.0,
+    "text_embed": counts(batch["text_tokens"]),
+  }
+
+
+def letters_data(names, **given):
+  shown, _ = Letters().encode(names, 8)
+  own, mask = Letters().encode(["?"] * len(names), 12)
+  index = np.arange(len(names))
+  arrays = {"image": shown, "text_tokens": own, "text_mask": mask} | given
+  batches = [
+    {k: v[i : i + 2] for k, v in {**arrays, "index": index}.items()}
+    for i in range(0, len(names), 2)
+  ]
+  info = [{"group": name, "tokenizer": Letters()} for name in names]
+  return batches, info.__getitem__
+
+
+NAMES = ["cab", "dog", "elm", "cab", "fig", "dog"]
+
+
+def test_zero_shot_with_templates_is_the_mean_of_the_prompts():
+  templates = ("zz {} zz", "{}", "{}yyyyyyyy")
+  batches, info = letters_data(NAMES)
+  evaluator = zero_shot.Evaluator(templates=templates)
+  values = dict(evaluator.run(letters_predict, batches, info))
+  assert values["accuracy"] == 1.0 and values["count"] == 6.0
+  assert values["num_classes"] == 4.0 and values["chance"] == 2 / 6
+  found = evaluator._of_templates(
+    letters_predict, batches, info, np.array(["cab", "dog"])
+  )
+  tokens, _ = Letters().encode([x.replace("{}", "dog") for x in templates], 12)
+  embeds = letters_predict({"image": tokens, "text_tokens": tokens})
+  unit = embeds["text_embed"] / np.linalg.norm(
+    embeds["text_embed"], axis=1, keepdims=True
+  )
+  mean = unit.mean(axis=0)
+  np.testing.assert_allclose(found[1], mean / np.linalg.norm(mean), rtol=1e-6)
+
+
+def test_zero_shot_names_the_labels_of_the_data():
+  label = np.array([0, 1, 2, 0, 3, 1])
+  batches, info = letters_data(NAMES, label=label)
+  right = zero_shot.Evaluator(
+    templates=("{}",), class_names=("cab", "dog", "elm", "fig")
+  )
+  assert dict(right.run(letters_predict, batches, info))["accuracy"] == 1.0
+  wrong = zero_shot.Evaluator(
+    templates=("{}",), class_names=("dog", "cab", "elm", "fig")
+  )
+  assert dict(wrong.run(letters_predict, batches, info))["accuracy"] == 2 / 6
+  few = zero_shot.Evaluator(templates=("{}",), class_names=("cab", "dog"))
+  with pytest.raises(errors.UserError, match="has 2 names"):
+    dict(few.run(letters_predict, batches, info))
+
+
+def test_zero_shot_templates_say_what_is_missing():
+  with pytest.raises(errors.UserError, match="no place"):
+    zero_shot.Evaluator(templates=("a photo",))
+  batches, _ = letters_data(NAMES)
+  info = [{"group": name} for name in NAMES].__getitem__
+  with pytest.raises(errors.UserError, match="tokenizer"):
+    dict(
+      zero_shot.Evaluator(templates=("{}",)).run(letters_predict, batches, info)
+    )
+
+
 # ---- prior_report
 
 

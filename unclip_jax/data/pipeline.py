@@ -256,13 +256,14 @@ class DataPipeline:
 
   def example_info(self, index: int, split: str) -> dict[str, Any]:
     """What is known of a position: code_point, name, group, captions and the
-    record's own `info`."""
+    record's own `info`; and the `tokenizer`, the same for all."""
     record = self._examples(split).whole(index)[0]
     return {
       "code_point": record.code_point,
       "name": record.name,
       "group": record.group,
       "captions": record.captions,
+      "tokenizer": self.tokenizer,
       **record.info,
     }
 

@@ -39,7 +39,8 @@ class Evaluator(Protocol):
       batches: arrays by name [B, ...]; rows with `mask` False are padding, and
         neither they nor their predictions have any influence.
       info: position in the source -> what is known about the example (`name`,
-        `group`, ...), or None where the data knows nothing.
+        `group`, `captions`, ..., and the `tokenizer` of all), or None where
+        the data knows nothing.
 
     Yields:
       A name, and a float or a picture float32 [H, W, 3] in [-1, 1].
