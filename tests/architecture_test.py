@@ -61,8 +61,9 @@ ALLOWED["manipulations"] = {
   *("data", "metrics", "stages", "tensor_files", "utils"),
 }
 ALLOWED["text_to_image"] = ALLOWED["stages"] | {"stages"}
+ALLOWED["image_to_text"] = ALLOWED["text_to_image"]
 ALLOWED["pipelines"] = ALLOWED["stages"] | {
-  *("stages", "manipulations", "text_to_image"),
+  *("stages", "manipulations", "text_to_image", "image_to_text"),
 }
 
 # Each may import anything; nobody imports them.

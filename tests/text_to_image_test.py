@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax import inference, text_to_image, trainer
+from unclip_jax import inference, stages, text_to_image, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
@@ -128,7 +128,7 @@ def test_upstream_models_are_found_by_the_configs(tmp_path):
   run("all/generator", tokenizer="codes")
   run("all/upsampler_64")
   run("all/upsampler_128")
-  found = text_to_image.run_folders(str(tmp_path / "all"))
+  found = stages.run_folders(str(tmp_path / "all"), "generator")
   assert list(found) == [
     *("perceptual", "tokenizer", "generator", "upsampler_64", "upsampler_128"),
   ]
@@ -136,6 +136,6 @@ def test_upstream_models_are_found_by_the_configs(tmp_path):
   run("other")
   run("clash", tokenizer="codes", perceptual="other")
   with pytest.raises(errors.UserError, match="perceptual"):
-    text_to_image.run_folders(str(tmp_path / "clash"))
+    stages.run_folders(str(tmp_path / "clash"), "generator")
   with pytest.raises(errors.UserError, match="neither"):
-    text_to_image.run_folders(str(tmp_path))
+    stages.run_folders(str(tmp_path), "generator")

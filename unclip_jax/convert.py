@@ -13,7 +13,8 @@
 runs: SRC holds a run folder for each part: clip, prior, decoder,
 upsampler_SIZE; no prior where the decoder was trained on text embeddings. Of
 the systems of configs/baselines SRC is the run that draws, or holds it as
-`generator`, with upsampler_SIZE and a clip that ranks candidates where wanted.
+`generator`, with upsampler_SIZE and a clip that ranks candidates where wanted;
+or it is, or holds as `captioner`, the run that writes captions.
 `--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
 must know. lora: SRC is one run of adapters (configs/lora.py), and OUT the part
 of a model that they make of the one that they adapt; `--from runs` takes such
@@ -30,7 +31,7 @@ import os
 
 from absl import flags
 
-from unclip_jax import inference, pipelines, stages, text_to_image
+from unclip_jax import inference, pipelines, stages
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs
 
@@ -93,12 +94,12 @@ def run_folders(src: str) -> dict[str, str]:
   return folders | stages.upsampler_folders(src)
 
 
-def _is_generator(src: str) -> bool:
-  """Whether SRC is, or holds, one run that draws from captions by itself."""
-  return any(
-    os.path.exists(os.path.join(src, name, "config.json"))
-    for name in ("", "generator")
-  )
+def _single(src: str) -> str | None:
+  """The run folder that SRC is, or holds, that draws or captions by itself."""
+  for name in ("", "generator", "captioner"):
+    if os.path.exists(os.path.join(src, name, "config.json")):
+      return os.path.join(src, name)
+  return None
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def main() -> None:
     raise errors.UserError("--image_encoder goes with --from karlo")
   if FIT_VARIANCE.value and (TO.value or FROM.value not in (None, "runs")):
     raise errors.UserError("--fit_variance goes with --from runs")
-  if FIT_VARIANCE.value and _is_generator(src):
+  if FIT_VARIANCE.value and _single(src):
     raise errors.UserError(
       "--fit_variance is for models with a CLIP and a prior"
     )
@@ -125,8 +126,8 @@ def main() -> None:
     config_lib.import_module(_READERS[FROM.value]).convert_in(src, out)
   elif FROM.value == "lora":
     stages.save_part(inference.load(src), out)
-  elif _is_generator(src):
-    text_to_image.TextToImagePipeline.from_runs(src).save_pretrained(out)
+  elif _single(src):
+    pipelines.kind_of_run(_single(src)).from_runs(src).save_pretrained(out)
   else:
     pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(src))
     for name in FIT_VARIANCE.value:

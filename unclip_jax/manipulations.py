@@ -21,7 +21,7 @@ import numpy as np
 import scipy.special
 from PIL import Image, ImageDraw, ImageFont
 
-from unclip_jax import tensor_files
+from unclip_jax import stages, tensor_files
 from unclip_jax.data import preprocess
 from unclip_jax.metrics import pictures
 from unclip_jax.stages import PipelineOutput
@@ -99,7 +99,7 @@ def encode(
   batch = {
     **_text(pipe, prompts, len(images)),
     "image_embed": _image_embed(pipe, images),
-    "image": _arrays(images, decoder.task.model.image_size),
+    "image": stages.square_arrays(images, decoder.task.model.image_size),
   }
   steps = decoder_steps or pipe.options("decoder")["num_sample_steps"]
 
@@ -462,7 +462,7 @@ def image_to_image(
       upsamplers draw all of theirs.
   """
   size = pipe.parts["decoder"].task.model.image_size
-  init = _arrays([image], size).repeat(num_images, axis=0)
+  init = stages.square_arrays([image], size).repeat(num_images, axis=0)
   options = {"guidance_scale": guidance_scale, "strength": strength}
   return _draw(
     pipe,
@@ -505,7 +505,7 @@ def inpaint(
       f" {picture.size}: they must be of one size"
     )
   size = pipe.image_size
-  known = _arrays([picture], size)
+  known = stages.square_arrays([picture], size)
   reduced = preprocess.square(mask_picture, size)
   is_known = np.asarray(reduced)[None, :, :, None] == 0
   if is_known.all():
@@ -597,13 +597,13 @@ def _draw(
   noise: Mapping[str, jax.Array] | None = None,
 ) -> PipelineOutput:
   """Decoder and upsamplers; the prior before them, where no z_i is given."""
-  stages: dict[str, dict[str, Any]] = {"decoder": decoder_options}
+  options: dict[str, dict[str, Any]] = {"decoder": decoder_options}
   if "image_embed" not in batch and "prior" in pipe.parts:
-    stages = {"prior": {}, **stages}
-  stages |= {name: {} for name in pipe.upsamplers}
+    options = {"prior": {}, **options}
+  options |= {name: {} for name in pipe.upsamplers}
   output = pipe.draw(
     batch,
-    stages,
+    options,
     arrays=arrays,
     seed=seed,
     batch_size=batch_size,
@@ -628,19 +628,13 @@ def _to_pil(image: Picture) -> Image.Image:
   return image.convert("RGB") if image.mode != "L" else image
 
 
-def _arrays(images: Sequence[Picture], size: int) -> np.ndarray:
-  """float32 [N, size, size, 3] in [-1, 1]."""
-  squares = [preprocess.square(_to_pil(x).convert("RGB"), size) for x in images]
-  return np.stack([preprocess.to_float(np.asarray(x)) for x in squares])
-
-
 def _unit(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _image_embed(pipe: UnCLIPPipeline, images: Sequence[Picture]) -> np.ndarray:
   size = pipe.parts["clip"].task.image_size
-  return pipe.encode_image(_arrays(images, size))
+  return pipe.encode_image(stages.square_arrays(images, size))
 
 
 def _text_embed(pipe: UnCLIPPipeline, prompts: Sequence[str]) -> np.ndarray:

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import inference, manipulations, stages, text_to_image
+from unclip_jax import inference, manipulations, stages, upstream
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import preprocess, tokenizers
+from unclip_jax.image_to_text import ImageToTextPipeline
 from unclip_jax.stages import Arrays, Callback, PipelineOutput, Predict
 from unclip_jax.tasks import base as tasks_base
+from unclip_jax.text_to_image import TextToImagePipeline
 from unclip_jax.utils import errors, progress
 
 
@@ -369,25 +371,46 @@ class UnCLIPPipeline(stages.Stages):
 
 
 def load(folder: str, **options: Any) -> stages.Stages:
-  """The model of a folder, of whatever kind: what `unclip sample` draws with.
+  """The model of a folder, of whatever kind: what `unclip sample` runs.
 
   Args:
-    folder: a model folder, or one run that draws from captions by itself.
+    folder: a model folder; or one run that draws from captions, or writes
+      captions, by itself.
     **options: of `stages.Stages.from_parts`.
 
   Raises:
     UserError: there is no model in the folder, or one of an unknown kind.
   """
-  generator = text_to_image.TextToImagePipeline
   if os.path.exists(os.path.join(folder, "config.json")):
-    return generator.from_runs(folder, **options)
+    return kind_of_run(folder).from_runs(folder, **options)
   name = stages.read_index(folder)["_class_name"]
-  kinds = {kind.__name__: kind for kind in (UnCLIPPipeline, generator)}
+  kinds = {
+    kind.__name__: kind
+    for kind in (UnCLIPPipeline, TextToImagePipeline, ImageToTextPipeline)
+  }
   if name not in kinds:
     raise errors.UserError(
       f"the model in '{folder}' is a '{name}', which this version does not know"
     )
   return kinds[name].from_pretrained(folder, **options)
+
+
+def kind_of_run(
+  folder: str,
+) -> type[TextToImagePipeline] | type[ImageToTextPipeline]:
+  """The pipeline of a run that draws, or writes captions, by itself.
+
+  Raises:
+    UserError: it does neither: its task has no `sample_options`.
+  """
+  task = upstream.load_model(folder, abstract=True).task
+  if not hasattr(task, "sample_options"):
+    raise errors.UserError(
+      f"the run in '{folder}' draws nothing by itself: give a model folder"
+    )
+  if getattr(task, "direction", "") == "image_to_text":
+    return ImageToTextPipeline
+  return TextToImagePipeline
 
 
 def _counted(

@@ -1,4 +1,4 @@
-"""Draw pictures from prompts with a trained model folder.
+"""Draw pictures from prompts, or caption pictures, with a trained model.
 
   unclip sample --model runs/quickstart/model --prompt "a frog" --out out
   unclip sample --model DIR --prompts prompts.txt --num_images 4 --out out
@@ -6,23 +6,33 @@
   unclip sample --model runs/baselines/dalle --prompt "a frog" --out out \
     --generator.top_p=0.9 --num_candidates 8
 
-DIR is a model folder, or a run of configs/baselines that draws by itself.
---STAGE.NAME=VALUE is an option of the `sample` of a stage's task: prior,
-decoder, generator, upsampler.
+  unclip sample --model runs/baselines/captioner --image a.png --image b.png \
+    --out out --captioner.num_beams=4
+  unclip sample --model runs/baselines/dalle --prompt "a frog" --image a.png \
+    --out out --generator.num_known_rows=4
 
-Writes OUT/00000.png ... and OUT/samples.jsonl (a line for each picture).
+DIR is a model folder, or a run of configs/baselines that draws, or writes
+captions, by itself. --STAGE.NAME=VALUE is an option of the `sample` of a
+stage's task: prior, decoder, generator, upsampler, captioner. With --image a
+generator completes that picture from its first rows.
+
+Writes OUT/00000.png ... and OUT/samples.jsonl (a line for each picture); of
+captions OUT/captions.jsonl alone.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import flags
+from PIL import Image
 
-from unclip_jax import pipelines
+from unclip_jax import image_to_text, pipelines
 from unclip_jax import stages as stages_lib
+from unclip_jax.data import preprocess
 from unclip_jax.diffusion import samplers
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, programs, progress
@@ -56,8 +66,11 @@ STAGES = {
   stage: programs.FieldsFlag(
     stage, f"NAME=VALUE; what --{stage}.NAME=VALUE stands for."
   )
-  for stage in ("prior", "decoder", "generator", "upsampler")
+  for stage in ("prior", "decoder", "generator", "upsampler", "captioner")
 }
+IMAGE = flags.DEFINE_multi_string(
+  "image", [], "A picture to caption or to complete; may be repeated."
+)
 NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates",
   1,
@@ -95,17 +108,24 @@ def read_prompts(path: str) -> list[str]:
     ) from e
 
 
+def options_by_stage() -> dict[str, dict[str, Any]]:
+  """Of --STAGE.NAME=VALUE, those stages that have some."""
+  return {
+    stage: {k: config_lib.literal(v) for k, v in flag.value.items()}
+    for stage, flag in STAGES.items()
+    if flag.value
+  }
+
+
 def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
   """What the flags ask of a pipeline's call.
 
   Raises:
     UserError: a flag that the model has no stage for.
   """
-  given = {
-    stage: {k: config_lib.literal(v) for k, v in flag.value.items()}
-    for stage, flag in STAGES.items()
-    if flag.value
-  }
+  given = options_by_stage()
+  if given.pop("captioner", None):
+    raise errors.UserError("this model draws pictures: it has no captioner")
   upsampler = given.pop("upsampler", {})
   steps = {
     "num_sample_steps": UPSAMPLER_STEPS.value,
@@ -114,6 +134,10 @@ def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
   steps = {k: v for k, v in steps.items() if v is not None}
   if isinstance(pipe, pipelines.UnCLIPPipeline):
     given |= {name: upsampler for name in pipe.upsamplers if upsampler}
+    if IMAGE.value:
+      raise errors.UserError(
+        "this model completes no pictures from --image: see `unclip edit`"
+      )
     if NUM_CANDIDATES.value > 1:
       raise errors.UserError(
         "--num_candidates is of a generator; of a prior: --prior.num_candidates"
@@ -140,24 +164,98 @@ def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
   }
   own = {k: v for k, v in own.items() if v is not None}
   return dict(
+    images=read_images() or None,
     num_candidates=NUM_CANDIDATES.value,
     options={**own, **generator},
     upsampler_options={**steps, **upsampler},
   )
 
 
+def read_images() -> list[Image.Image]:
+  """The pictures of --image.
+
+  Raises:
+    UserError: a file is missing, or no picture.
+  """
+  images = []
+  for path in IMAGE.value:
+    try:
+      with open(path, "rb") as file:
+        images.append(preprocess.open_picture(file, name=path).convert("RGB"))
+    except OSError as e:
+      raise errors.UserError(
+        f"the picture '{path}' cannot be read: {e.strerror}"
+      ) from e
+  return images
+
+
+def write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """A line of JSON for each row."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "w", encoding="utf-8") as f:
+    for row in rows:
+      f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def caption(pipe: image_to_text.ImageToTextPipeline) -> None:
+  """Captions the pictures of --image, and prints what it writes."""
+  if PROMPT.value or PROMPTS.value:
+    raise errors.UserError(
+      "this model writes captions: give pictures (--image) and no prompts"
+    )
+  given = {k: v for k, v in options_by_stage().items() if v}
+  options = given.pop("captioner", {})
+  if given:
+    raise errors.UserError(
+      "this model has a captioner and no other stage: its options are "
+      "--captioner.NAME"
+    )
+  output = pipe(
+    read_images(),
+    seed=SEED.value,
+    options=options,
+    batch_size=BATCH_SIZE.value,
+  )
+  path = pathlib.Path(OUT.value) / "captions.jsonl"
+  log_probs = output.log_probs or [None] * len(output.captions)
+  write_lines(
+    path,
+    [
+      {
+        "file": file,
+        "caption": text,
+        "log_prob": log_prob,
+        "seed": SEED.value,
+        "index": i,
+        "options": output.options,
+      }
+      for i, (file, text, log_prob) in enumerate(
+        zip(IMAGE.value, output.captions, log_probs)
+      )
+    ],
+  )
+  for file, text in zip(IMAGE.value, output.captions):
+    print(f"{file}: {text}")
+  print(f"{path} holds {len(output.captions)} captions")
+
+
 def main() -> None:
   prompts = list(PROMPT.value)
   if PROMPTS.value:
     prompts += read_prompts(PROMPTS.value)
-  if not prompts:
-    raise errors.UserError("there is no prompt: give --prompt or --prompts")
+  if not prompts and not IMAGE.value:
+    raise errors.UserError(
+      "there is no prompt: give --prompt or --prompts; to a captioner --image"
+    )
   pipe = pipelines.load(
     MODEL.value,
     offload=OFFLOAD.value,
     weights_dtype=WEIGHTS_DTYPE.value,
     compute_dtype=COMPUTE_DTYPE.value,
   )
+  if isinstance(pipe, image_to_text.ImageToTextPipeline):
+    caption(pipe)
+    return
   options = options_of(pipe)
   stages = pipe.stages
   done: dict[str, float] = dict.fromkeys(stages, 0.0)
@@ -179,20 +277,21 @@ def main() -> None:
       **options,
     )
   out = pathlib.Path(OUT.value)
-  out.mkdir(parents=True, exist_ok=True)
   captions = [p for p in prompts for _ in range(NUM_IMAGES.value)]
-  with open(out / "samples.jsonl", "w", encoding="utf-8") as f:
-    for i, (image, prompt) in enumerate(zip(output.images, captions)):
-      image.save(out / f"{i:05d}.png")
-      row = {
-        "file": f"{i:05d}.png",
-        "prompt": prompt,
-        "seed": SEED.value,
-        "index": i,
-        "options": output.options,
-        "seconds": {k: round(v, 3) for k, v in output.seconds.items()},
-      }
-      f.write(json.dumps(row, ensure_ascii=False) + "\n")
+  rows = [
+    {
+      "file": f"{i:05d}.png",
+      "prompt": prompt,
+      "seed": SEED.value,
+      "index": i,
+      "options": output.options,
+      "seconds": {k: round(v, 3) for k, v in output.seconds.items()},
+    }
+    for i, prompt in enumerate(captions)
+  ]
+  write_lines(out / "samples.jsonl", rows)
+  for image, row in zip(output.images, rows, strict=True):
+    image.save(out / row["file"])
   print(f"{len(captions)} pictures and samples.jsonl are in {out}")
 
 

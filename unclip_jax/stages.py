@@ -13,15 +13,22 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from PIL import Image
 
-from unclip_jax import __version__, checkpoints, inference, tensor_files
+from unclip_jax import (
+  __version__,
+  checkpoints,
+  inference,
+  tensor_files,
+  upstream,
+)
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import preprocess
 from unclip_jax.utils import config as config_lib
@@ -41,6 +48,14 @@ class PipelineOutput(NamedTuple):
   # [N, D], the prior's draws in the CLIP's own space; None: there is no prior
   image_embeds: np.ndarray | None
   options: dict[str, dict[str, Any]]  # what each stage was drawn with
+  seconds: dict[str, float]  # wall time of each stage
+
+
+class Outputs(NamedTuple):
+  """What stages gave."""
+
+  arrays: dict[str, np.ndarray]  # name -> [N, ...]
+  options: dict[str, dict[str, Any]]  # what each stage was run with
   seconds: dict[str, float]  # wall time of each stage
 
 
@@ -131,7 +146,7 @@ class Stages:
     raise NotImplementedError
 
   def reads(self, name: str) -> tuple[str, ...]:
-    """What of the batch a stage is given."""
+    """What of the batch a stage is given, where it is there."""
     raise NotImplementedError
 
   @property
@@ -188,6 +203,25 @@ class Stages:
     self,
     batch: Mapping[str, np.ndarray],
     options: Mapping[str, Mapping[str, Any]],
+    **how: Any,
+  ) -> PipelineOutput:
+    """Pictures of the last stage.
+
+    Args:
+      batch, options, **how: of `run`.
+
+    Returns:
+      `images` are float32 [N, H, W, 3] in [0, 1].
+    """
+    arrays, options, seconds = self.run(batch, options, **how)
+    image_embeds = arrays.get("image_embed", batch.get("image_embed"))
+    images = arrays["image"] / 2 + 0.5
+    return PipelineOutput(images, image_embeds, options, seconds)
+
+  def run(
+    self,
+    batch: Mapping[str, np.ndarray],
+    options: Mapping[str, Mapping[str, Any]],
     *,
     arrays: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     indices: np.ndarray | None = None,
@@ -195,7 +229,7 @@ class Stages:
     batch_size: int = 16,
     noise: Mapping[str, jax.Array] | None = None,
     callback: Callback | None = None,
-  ) -> PipelineOutput:
+  ) -> Outputs:
     """Runs stages one after another on N rows: what every method ends in.
 
     Args:
@@ -204,13 +238,15 @@ class Stages:
         None for the stage's own.
       arrays: stage -> options of its `sample` that are arrays, a row for each
         of N: `x_T`, `init`, `known`, `is_known`.
-      indices: [N] int; picture i is a function of (seed, indices[i]). None:
-        0 to N - 1.
-      seed, batch_size: as in `__call__`.
-      noise, callback: as in `__call__`.
+      indices: [N] int; row i is a function of (seed, indices[i]). None: 0 to
+        N - 1.
+      seed: see `indices`.
+      batch_size: rows at once.
+      noise, callback: as in UnCLIPPipeline's `__call__`.
 
     Returns:
-      `images` are float32 [N, H, W, 3] in [0, 1].
+      All that the stages gave, a later one in place of an earlier; pictures in
+      [-1, 1].
     """
     arrays = arrays or {}
     N = len(next(iter(batch.values())))
@@ -227,6 +263,7 @@ class Stages:
     inputs: list[dict[str, Any]] = [
       {k: v[rows] for k, v in batch.items()} for rows in batches
     ]
+    given: list[dict[str, np.ndarray]] = [{} for _ in batches]
     for name in options:
       start = time.monotonic()
       weights = self.weights(name)
@@ -244,21 +281,14 @@ class Stages:
           },
           callback,
         )
-        if "image" in output:
-          inputs[i]["low_res"] = np.asarray(output["image"])
-        else:
-          inputs[i]["image_embed"] = np.asarray(output["image_embed"])
+        given[i] |= jax.device_get(output)
+        inputs[i] |= given[i]
+        if "image" in given[i]:  # which upsamplers enlarge
+          inputs[i]["low_res"] = given[i]["image"]
       del weights  # of an offloaded stage, before the next one's are loaded
       seconds[name] = time.monotonic() - start
-    image_embeds = None
-    if "image_embed" in inputs[0]:
-      image_embeds = np.concatenate([x["image_embed"] for x in inputs])[:N]
-    return PipelineOutput(
-      np.concatenate([x["low_res"] for x in inputs])[:N] / 2 + 0.5,
-      image_embeds,
-      options,
-      seconds,
-    )
+    whole = {k: np.concatenate([x[k] for x in given])[:N] for k in given[0]}
+    return Outputs(whole, options, seconds)
 
   def weights(self, name: str) -> tuple[Any, Any]:
     """Variables and frozen variables of a part, in memory."""
@@ -356,7 +386,7 @@ class Stages:
     run = self.jitted(key, lambda: jax.jit(sample))
     if callback is not None:
       self._on_step = _counter(callback, name)
-    inputs = {k: batch[k] for k in self.reads(name)}
+    inputs = {k: batch[k] for k in self.reads(name) if k in batch}
     return run(*weights, inputs, keys, arrays)
 
   def text_to_image(
@@ -385,6 +415,21 @@ class Stages:
     return predict
 
 
+def square_arrays(
+  images: Sequence[Image.Image | np.ndarray], size: int
+) -> np.ndarray:
+  """The squares around the middle: float32 [N, size, size, 3] in [-1, 1].
+
+  Args:
+    images: PIL pictures, or arrays [H, W, 3] in [0, 1], of any size.
+  """
+  pictures = [
+    preprocess.to_pil(x) if isinstance(x, np.ndarray) else x for x in images
+  ]
+  squares = [preprocess.square(x.convert("RGB"), size) for x in pictures]
+  return np.stack([preprocess.to_float(np.asarray(x)) for x in squares])
+
+
 def read_index(folder: str) -> dict[str, Any]:
   """`model_index.json` of a model folder.
 
@@ -399,6 +444,56 @@ def read_index(folder: str) -> dict[str, Any]:
     )
   with open(path, encoding="utf-8") as f:
     return json.load(f)
+
+
+def run_folders(src: str, first: str) -> dict[str, str]:
+  """Part -> run folder; what another part reads stands before it.
+
+  Args:
+    src: a run folder; or a folder that holds one, called `first`, and beside it
+      `upsampler_SIZE` and `clip` where wanted.
+    first: what the run is called that others do not read.
+
+  Raises:
+    UserError: there is no such run, or two upstream models have one name.
+  """
+  if os.path.exists(os.path.join(src, "config.json")):
+    return {**_upstream_folders(src), first: src}
+  own = os.path.join(src, first)
+  if not os.path.isdir(own):
+    raise errors.UserError(
+      f"'{src}' is neither a run folder nor holds one as '{first}'"
+    )
+  folders = _upstream_folders(own)
+  clip = os.path.join(src, "clip")
+  if os.path.isdir(clip):
+    folders.setdefault("clip", clip)
+  return {
+    **folders,
+    first: own,
+    **upsampler_folders(src),
+  }
+
+
+def _upstream_folders(path: str) -> dict[str, str]:
+  """Name -> folder of the upstream models of a run, and of theirs."""
+  config = upstream.at_home(checkpoints.load_config(path), path)
+  folders: dict[str, str] = {}
+  for name, spec in config.get("frozen", {}).items():
+    if not spec.get("path"):
+      continue
+    for own, folder in {
+      **_upstream_folders(spec.path),
+      name: spec.path,
+    }.items():
+      if os.path.realpath(folders.setdefault(own, folder)) != (
+        os.path.realpath(folder)
+      ):
+        raise errors.UserError(
+          f"two upstream models of the run in {path} are called '{own}': "
+          f"{folders[own]} and {folder}; train with one of them"
+        )
+  return folders
 
 
 def upsampler_folders(src: str) -> dict[str, str]:

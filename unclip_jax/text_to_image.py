@@ -8,18 +8,20 @@ How stages are loaded and run: stages.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from unclip_jax import checkpoints, inference, stages, upstream
+from unclip_jax import inference, stages
 from unclip_jax.data import preprocess, tokenizers
-from unclip_jax.stages import Callback, PipelineOutput, Predict
+from unclip_jax.stages import Arrays, Callback, PipelineOutput, Predict
 from unclip_jax.utils import errors
+
+Picture = Image.Image | np.ndarray
 
 
 class TextToImagePipeline(stages.Stages):
@@ -66,7 +68,7 @@ class TextToImagePipeline(stages.Stages):
     Raises:
       UserError: a folder is missing, or two upstream models have one name.
     """
-    return cls.from_parts(run_folders(src), **options)
+    return cls.from_parts(stages.run_folders(src, cls.first), **options)
 
   @property
   def stages(self) -> list[str]:
@@ -75,8 +77,9 @@ class TextToImagePipeline(stages.Stages):
 
   def reads(self, name: str) -> tuple[str, ...]:
     """What of the batch a stage is given."""
-    text = ("text_tokens", "text_mask")
-    return text if name == "generator" else ("low_res",)
+    if name == "generator":
+      return ("text_tokens", "text_mask", "image")
+    return ("low_res", "text_tokens", "text_mask")
 
   def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """`text_tokens` [B, L] int32 and `text_mask` [B, L] bool."""
@@ -90,6 +93,7 @@ class TextToImagePipeline(stages.Stages):
     self,
     prompts: str | Sequence[str],
     *,
+    images: Sequence[Picture] | None = None,
     num_images_per_prompt: int = 1,
     num_candidates: int = 1,
     seed: int = 0,
@@ -103,6 +107,9 @@ class TextToImagePipeline(stages.Stages):
 
     Args:
       prompts: one or more captions; the empty one is legal.
+      images: one for each prompt, of any size (the square around the middle
+        is taken), that a generator completes with the option num_known_rows:
+        of its grid, from the top (Ramesh et al. 2021, figure 6).
       num_candidates: so many are drawn for each picture, and the CLIP keeps
         the one that fits the caption best.
       seed: picture i of the request is a function of (seed, i).
@@ -117,7 +124,8 @@ class TextToImagePipeline(stages.Stages):
       The pictures, prompt by prompt.
 
     Raises:
-      UserError: no prompt, an unknown option, or candidates without a CLIP.
+      UserError: no prompt, an unknown option, not a picture for each prompt,
+        or candidates without a CLIP.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     captions = [p for p in prompts for _ in range(num_images_per_prompt)]
@@ -135,25 +143,40 @@ class TextToImagePipeline(stages.Stages):
     for name, stage in given.items():
       for option in stage:
         self.check_option(name, option)
+    batch: Arrays = self.tokenize(captions)
+    if images is not None:
+      batch = {**batch, **self._known(images, prompts, num_images_per_prompt)}
     rows = np.repeat(np.arange(len(captions)), num_candidates)
     output = self.draw(
-      {k: v[rows] for k, v in self.tokenize(captions).items()},
+      {k: v[rows] for k, v in batch.items()},
       given,
       seed=seed,
       batch_size=batch_size,
       callback=callback,
     )
     if num_candidates > 1:
-      images = output.images.reshape(
+      drawn = output.images.reshape(
         len(captions), num_candidates, *output.images.shape[1:]
       )
-      best = self.similarities(images, captions).argmax(axis=1)
-      images = images[np.arange(len(captions)), best]
-      output = output._replace(images=images)
+      best = self.similarities(drawn, captions).argmax(axis=1)
+      drawn = drawn[np.arange(len(captions)), best]
+      output = output._replace(images=drawn)
     if output_type == "pil":
-      images = [preprocess.to_pil(x) for x in output.images]
-      output = output._replace(images=images)
+      drawn = [preprocess.to_pil(x) for x in output.images]
+      output = output._replace(images=drawn)
     return output
+
+  def _known(
+    self, images: Sequence[Picture], prompts: Sequence[str], copies: int
+  ) -> Arrays:
+    """The pictures to complete, as the generator reads them."""
+    if len(images) != len(prompts):
+      raise errors.UserError(
+        f"there are {len(images)} pictures and {len(prompts)} prompts: give one"
+        " each"
+      )
+    size = self.sizes()["generator"]
+    return {"image": stages.square_arrays(images, size).repeat(copies, axis=0)}
 
   def similarities(
     self, images: np.ndarray, captions: Sequence[str]
@@ -197,51 +220,3 @@ class TextToImagePipeline(stages.Stages):
         saved with; stages that the model lacks are passed over.
     """
     return {"text_to_image": self.text_to_image(seed, options)}
-
-
-def run_folders(src: str) -> dict[str, str]:
-  """Part -> run folder; what another part reads stands before it.
-
-  Args:
-    src: as in `TextToImagePipeline.from_runs`.
-
-  Raises:
-    UserError: there is no such run, or two upstream models have one name.
-  """
-  if os.path.exists(os.path.join(src, "config.json")):
-    return {**_upstream_folders(src), "generator": src}
-  generator = os.path.join(src, "generator")
-  if not os.path.isdir(generator):
-    raise errors.UserError(
-      f"'{src}' is neither a run folder nor holds one as 'generator'"
-    )
-  folders = _upstream_folders(generator)
-  clip = os.path.join(src, "clip")
-  if os.path.isdir(clip):
-    folders.setdefault("clip", clip)
-  return {
-    **folders,
-    "generator": generator,
-    **stages.upsampler_folders(src),
-  }
-
-
-def _upstream_folders(path: str) -> dict[str, str]:
-  """Name -> folder of the upstream models of a run, and of theirs."""
-  config = upstream.at_home(checkpoints.load_config(path), path)
-  folders: dict[str, str] = {}
-  for name, spec in config.get("frozen", {}).items():
-    if not spec.get("path"):
-      continue
-    for own, folder in {
-      **_upstream_folders(spec.path),
-      name: spec.path,
-    }.items():
-      if os.path.realpath(folders.setdefault(own, folder)) != (
-        os.path.realpath(folder)
-      ):
-        raise errors.UserError(
-          f"two upstream models of the run in {path} are called '{own}': "
-          f"{folders[own]} and {folder}; train with one of them"
-        )
-  return folders
