@@ -256,15 +256,20 @@ class DataPipeline:
 
   def example_info(self, index: int, split: str) -> dict[str, Any]:
     """What is known of a position: code_point, name, group, captions and the
-    record's own `info`."""
+    record's own `info`; and `decode`, which is the same for all."""
     record = self._examples(split).whole(index)[0]
     return {
       "code_point": record.code_point,
       "name": record.name,
       "group": record.group,
       "captions": record.captions,
+      "decode": self.decode,
       **record.info,
     }
+
+  def decode(self, text_tokens: np.ndarray) -> list[str]:
+    """The texts of token ids [B, L], as `Tokenizer.decode`."""
+    return self.tokenizer.decode(text_tokens)
 
   def broken_records(self, split: str) -> dict[str, int]:
     """Reason -> number of the broken records that this process came across."""

@@ -18,7 +18,7 @@ from unclip_jax.utils import errors
 Arrays = Mapping[str, np.ndarray]
 Predict = Callable[[Arrays], Arrays]
 Info = Callable[[int], Mapping[str, Any]]
-Value = float | np.ndarray
+Value = float | np.ndarray | str
 
 NOTHING = (
   "there is nothing to evaluate: an evaluator got no example; choose another "
@@ -39,10 +39,12 @@ class Evaluator(Protocol):
       batches: arrays by name [B, ...]; rows with `mask` False are padding, and
         neither they nor their predictions have any influence.
       info: position in the source -> what is known about the example (`name`,
-        `group`, ...), or None where the data knows nothing.
+        `group`, `captions`, ..., and the function `decode`, token ids [B, L]
+        -> texts), or None where the data knows nothing.
 
     Yields:
-      A name, and a float or a picture float32 [H, W, 3] in [-1, 1].
+      A name, and a float, a picture float32 [H, W, 3] in [-1, 1], or a text in
+      Markdown.
     """
 
 
