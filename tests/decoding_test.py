@@ -1,4 +1,4 @@
-"""Autoregressive sampling: the distribution drawn from, guidance, keys."""
+"""Autoregressive decoding: what is drawn, guidance, keys; beam search."""
 
 import functools
 import itertools
@@ -199,3 +199,143 @@ def test_on_step_is_called_after_every_token():
 def test_an_option_out_of_its_range_is_an_error(options, word):
   with pytest.raises(errors.UserError, match=word):
     draw(jax.random.key(0), 1, **options)
+
+
+# ---- beam search, with token END as the end
+
+END, PAD = 2, 0
+
+
+@functools.partial(jax.jit, static_argnames=("B", "K", "penalty"))
+def search(B, K, penalty=0.0):
+  return decoding.beam_search(
+    decode_fn,
+    *start(B),
+    num_beams=K,
+    num_tokens=LENGTH,
+    end_token=END,
+    pad_token=PAD,
+    length_penalty=penalty,
+  )
+
+
+def all_sequences(penalty):
+  """[(score, log P, tokens, length)] of every sequence, the best first."""
+  found = {}
+  for sequence in itertools.product(range(V), repeat=LENGTH):
+    length = sequence.index(END) + 1 if END in sequence else LENGTH
+    padded = (V, V, *sequence)
+    log_p = sum(
+      np.log(softmax(TABLE[padded[i], padded[i + 1]])[padded[i + 2]])
+      for i in range(length)
+    )
+    tokens = (*sequence[:length], *[PAD] * (LENGTH - length))
+    score = log_p / ((5 + length) / 6) ** penalty
+    found[tokens, length] = (score, log_p, tokens, length)
+  return sorted(found.values(), reverse=True)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 5.0])
+def test_enough_beams_are_an_exhaustive_search(penalty):
+  expected = all_sequences(penalty)
+  K = V**LENGTH  # more than there are sequences
+  beams = search(2, K, penalty)
+  assert len(expected) < K
+  for b in range(2):
+    rows = zip(*(x[b] for x in beams))
+    for want, row in zip(expected, rows):
+      score, log_p, tokens, length = want
+      assert tuple(row[0].tolist()) == tokens
+      assert row[1] == pytest.approx(log_p, abs=1e-5)
+      assert row[2] == pytest.approx(score, abs=1e-5)
+      assert (row[3], row[4]) == (length, END in tokens)
+  # What there is not has no probability.
+  assert np.all(np.isneginf(beams.log_probs[:, len(expected) :]))
+  assert np.all(np.isneginf(beams.scores[:, len(expected) :]))
+
+
+def test_the_length_penalty_changes_what_is_best():
+  lengths = [all_sequences(penalty)[0][3] for penalty in (0.0, 5.0)]
+  assert lengths[0] < lengths[1]
+
+
+def test_one_beam_is_greedy():
+  beams = search(3, 1)
+  greedy = np.asarray(draw(jax.random.key(0), 3, temperature=0.0))
+  for row, found in zip(greedy.tolist(), beams.tokens[:, 0].tolist()):
+    length = row.index(END) + 1 if END in row else LENGTH
+    assert found == row[:length] + [PAD] * (LENGTH - length)
+
+
+def _walk(num_tokens, seed):
+  """A search of 3 beams in a random chain of 5 tokens, of which 4 ends."""
+  rng = np.random.default_rng(seed)
+  table = 2 * rng.normal(size=(6, 5)).astype(np.float32)
+  first = rng.normal(size=(2, 5)).astype(np.float32)
+
+  def decode(tokens, index, cache):
+    # The cache is what was told before, so a wrong order shows.
+    told = cache.at[:, index].set(tokens)
+    before = jnp.where(index == 0, 5, told[:, jnp.maximum(index - 1, 0)])
+    return jnp.asarray(table)[before] + jnp.asarray(table)[tokens], told
+
+  beams = decoding.beam_search(
+    decode,
+    jnp.asarray(first),
+    jnp.zeros((2, num_tokens), jnp.int32),
+    num_beams=3,
+    num_tokens=num_tokens,
+    end_token=4,
+    length_penalty=0.6,
+  )
+  return jax.device_get(beams), table, first
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_beams_have_their_teacher_forced_log_probabilities(seed):
+  beams, table, first = _walk(6, seed)
+  for b, k in np.ndindex(2, 3):
+    tokens, length = beams.tokens[b, k], beams.lengths[b, k]
+    log_p = np.log(softmax(first[b])[tokens[0]])
+    for i in range(1, length):
+      before = tokens[i - 2] if i > 1 else 5
+      log_p += np.log(softmax(table[before] + table[tokens[i - 1]])[tokens[i]])
+    assert beams.log_probs[b, k] == pytest.approx(log_p, abs=1e-4)
+    score = log_p / ((5 + length) / 6) ** 0.6
+    assert beams.scores[b, k] == pytest.approx(score, abs=1e-4)
+  assert np.all(np.diff(beams.scores, axis=1) <= 0)
+
+
+def test_a_finished_beam_stays_finished():
+  beams, *_ = _walk(9, 2)
+  assert beams.is_finished.all()
+  for b, k in np.ndindex(2, 3):
+    tokens, length = beams.tokens[b, k], beams.lengths[b, k]
+    assert tokens[length - 1] == 4 and 4 not in tokens[: length - 1]
+    np.testing.assert_array_equal(tokens[length:], 0)
+  # All have ended within fewer tokens: more of them change nothing.
+  short, *_ = _walk(beams.lengths.max(), 2)
+  assert short.is_finished.all()
+  np.testing.assert_array_equal(short.log_probs, beams.log_probs)
+  np.testing.assert_array_equal(
+    short.tokens, beams.tokens[..., : short.tokens.shape[-1]]
+  )
+
+
+def test_beams_are_extended_in_one_scan():
+  program = search.trace(2, 3).jaxpr
+  scans = [x for x in program.eqns if x.primitive.name == "scan"]
+  assert len(scans) == 1 and scans[0].params["length"] == LENGTH - 1
+
+
+def test_a_search_reports_and_needs_a_beam():
+  calls = []
+  beams = decoding.beam_search(
+    decode_fn, *start(2), num_beams=2, num_tokens=LENGTH, end_token=END,
+    on_step=calls.append,
+  )  # fmt: skip
+  jax.block_until_ready(beams)
+  jax.effects_barrier()
+  assert calls == [LENGTH] * LENGTH
+  with pytest.raises(errors.UserError, match="num_beams"):
+    search(1, 0)

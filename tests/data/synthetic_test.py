@@ -68,6 +68,8 @@ def test_batches_come_quickly(tmp_path):
   batch = next(data.train_batches(0, 8))
   texts = data.tokenizer.decode(batch["text_tokens"])
   for index, text in zip(batch["index"], texts, strict=True):
-    assert text in data.example_info(int(index), "train")["captions"]
+    info = data.example_info(int(index), "train")
+    assert text in info["captions"]
+    assert info["decode"](batch["text_tokens"]) == texts
   again = synthetic.Source(data_dir=str(tmp_path)).tokenizer_path()
   assert again == path

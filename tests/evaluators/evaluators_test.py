@@ -10,6 +10,7 @@ import pytest
 
 from unclip_jax.evaluators import (
   base,
+  captions,
   clip_score,
   fid,
   mean,
@@ -24,6 +25,7 @@ from unclip_jax.evaluators import (
   vlb,
   zero_shot,
 )
+from unclip_jax.metrics import captions as caption_metrics
 from unclip_jax.metrics import (
   frechet,
   inception,
@@ -93,7 +95,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_every_evaluator_is_a_frozen_dataclass():
   names = (
     "mean retrieval zero_shot sample_grid prior_report nearest_match"
-    " psnr_ssim scenes vlb fid clip_score perceptual"
+    " psnr_ssim scenes vlb fid clip_score perceptual captions"
   )
   for name in names.split():
     module = importlib.import_module(f"unclip_jax.evaluators.{name}")
@@ -545,6 +547,52 @@ def test_perceptual_is_the_squared_distance_of_pairs():
   assert values["distance_shuffled"] == 1.5**2 + 1
   with pytest.raises(errors.UserError, match="two or more"):
     run(perceptual.Evaluator(max_examples=1), data)
+
+
+# ---- captions
+
+
+class Words:
+  """A tokenizer of a few words; 0 is padding."""
+
+  def decode(self, text_tokens):
+    words = ["", "a", "red", "frog", "thing", "|"]
+    return [" ".join(words[i] for i in row if i) for row in text_tokens]
+
+
+def caption_info(index: int) -> dict[str, Any]:
+  references = ("A Frog!", "a red frog") if index < 5 else (f"thing {index}",)
+  return {"captions": references, "tokenizer": Words()}
+
+
+def test_captions_are_compared_with_all_references():
+  tokens = np.asarray([[1, 2, 3, 0]] * 5 + [[4, 5, 0, 0]] * 5)
+  data = Data(text_tokens=tokens)
+  predict = lambda b: {"text_tokens": tokens[b["index"]]}  # noqa: E731
+  found = dict(
+    captions.Evaluator(num_shown=6).run(predict, data.batches(4), caption_info)
+  )
+  texts = [["a", "red", "frog"]] * 5 + [["thing"]] * 5
+  references = [[["a", "frog"], ["a", "red", "frog"]]] * 5
+  references += [[["thing", str(i)]] for i in range(5, 10)]
+  expected = caption_metrics.scores(texts, references)
+  assert found["count"] == N and found["bleu_1"] < 1
+  for name, value in expected.items():
+    assert found[name] == pytest.approx(value)
+  lines = found["examples"].splitlines()
+  assert lines[0] == "| caption | reference |" and len(lines) == 2 + 6
+  assert lines[2] == "| a red frog | A Frog! |"
+  assert lines[7] == "| thing \\| | thing 5 |"
+  none = captions.Evaluator(num_shown=0, max_examples=3)
+  found = dict(none.run(predict, data.batches(4), caption_info))
+  assert found["count"] == 3 and "examples" not in found
+
+
+@pytest.mark.parametrize("given", [None, info, lambda i: {"captions": ("a",)}])
+def test_captions_need_references_and_a_tokenizer(given):
+  data = Data(text_tokens=np.ones((N, 3)))
+  with pytest.raises(errors.UserError, match="'tokenizer'"):
+    list(captions.Evaluator().run(data.predict, data.batches(4), given))
 
 
 # ---- report

@@ -70,6 +70,21 @@ def test_all_kinds(tmp_path, warnings):
   assert any(b"optim.lr" in event.SerializeToString() for event in events)
 
 
+def test_results_are_numbers_pictures_and_texts(tmp_path, warnings):
+  writer = metric_writers.create_writer(tmp_path)
+  results = {"x": 0.5, "grid": np.zeros((4, 4, 3)), "examples": "| a | b |"}
+  metric_writers.write_results(writer, 7, results)
+  writer.close()
+  assert warnings == []
+  assert _rows(tmp_path) == [
+    {"step": 7, "x": 0.5},
+    {"step": 7, "examples": "| a | b |"},
+  ]
+  picture = PIL.Image.open(tmp_path / "samples" / "grid_00000007.png")
+  assert picture.size == (4, 4)
+  assert ("examples", 7) in _tags(_events(tmp_path / "tb"))
+
+
 def test_rows_are_on_disk_at_once(tmp_path):
   writer = metric_writers.create_writer(tmp_path)
   writer.write_scalars(1, {"loss": 1.0})

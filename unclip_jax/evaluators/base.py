@@ -18,7 +18,7 @@ from unclip_jax.utils import errors
 Arrays = Mapping[str, np.ndarray]
 Predict = Callable[[Arrays], Arrays]
 Info = Callable[[int], Mapping[str, Any]]
-Value = float | np.ndarray
+Value = float | np.ndarray | str
 
 NOTHING = (
   "there is nothing to evaluate: an evaluator got no example; choose another "
@@ -43,7 +43,8 @@ class Evaluator(Protocol):
         the data knows nothing.
 
     Yields:
-      A name, and a float or a picture float32 [H, W, 3] in [-1, 1].
+      A name, and a float, a picture float32 [H, W, 3] in [-1, 1], or a text in
+      Markdown.
     """
 
 

@@ -50,13 +50,13 @@ class VisionTower(nn.Module):
   depth: int
   num_heads: int
   embed_dim: int
-  mlp_ratio: float
-  activation: str
-  image_mean: tuple[float, ...] | None
-  image_std: tuple[float, ...] | None
-  remat: bool | str
-  scan: bool
-  dtype: DTypeLike
+  mlp_ratio: float = 4
+  activation: str = "gelu"
+  image_mean: tuple[float, ...] | None = None
+  image_std: tuple[float, ...] | None = None
+  remat: bool | str = False
+  scan: bool = False
+  dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
     if self.image_size % self.patch_size:

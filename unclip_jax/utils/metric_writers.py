@@ -91,13 +91,17 @@ def create_writer(workdir: PathLike) -> MetricWriter:
 def write_results(
   writer: MetricWriter, step: int, results: Mapping[str, Any]
 ) -> None:
-  """Writes what evaluators yield: numbers, and pictures in [-1, 1]."""
+  """Writes what evaluators yield: numbers, pictures in [-1, 1], and texts."""
+  texts = {k: v for k, v in results.items() if isinstance(v, str)}
+  results = {k: v for k, v in results.items() if k not in texts}
   scalars = {k: v for k, v in results.items() if np.ndim(v) == 0}
   pictures = {k: v / 2 + 0.5 for k, v in results.items() if np.ndim(v)}
   if scalars:
     writer.write_scalars(step, scalars)
   if pictures:
     writer.write_images(step, pictures)
+  if texts:
+    writer.write_texts(step, texts)
 
 
 class MultiWriter(MetricWriter):
