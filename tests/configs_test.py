@@ -37,7 +37,11 @@ def test_the_configs_are_found():
 def upstream(path, name, size):
   """The config of an upstream model that a config at `path` fits on."""
   folder = path.split("/")[1]
-  folder = folder if folder in SMALL else "emoji"
+  if folder == "baselines":
+    name = {"tokenizer": "dvae"}.get(name, name)
+    here = (ROOT / f"configs/baselines/{name}.py").exists()
+    folder = folder if here else "emoji"
+  folder = folder if folder in (*SMALL, "baselines") else "emoji"
   return config_lib.load(str(ROOT / f"configs/{folder}/{name}.py") + size)
 
 

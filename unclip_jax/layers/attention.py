@@ -241,6 +241,15 @@ def causal_mask(length: int, num_prefix: int = 0) -> jax.Array:
   return jnp.tril(jnp.ones((length, total), bool), k=num_prefix)
 
 
+def check_heads(width: int, num_heads: int) -> None:
+  """Raises UserError unless heads share the width evenly."""
+  if num_heads < 1 or width % num_heads:
+    raise errors.UserError(
+      f"attention width {width} is not a multiple of {num_heads} heads: "
+      "change the width or the number of heads"
+    )
+
+
 class SelfAttention(nn.Module):
   """Multi-head self-attention with an optional prefix.
 
@@ -257,11 +266,7 @@ class SelfAttention(nn.Module):
   dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
-    if self.num_heads < 1 or self.width % self.num_heads:
-      raise errors.UserError(
-        f"attention width {self.width} is not a multiple of "
-        f"{self.num_heads} heads: change the width or the number of heads"
-      )
+    check_heads(self.width, self.num_heads)
     dense = functools.partial(linear.Dense, self.width, dtype=self.dtype)
     self.query = dense()
     self.key = dense()

@@ -11,6 +11,7 @@ stacked, and a layer's are gathered when its turn comes, in the compute dtype.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -135,7 +136,7 @@ class Block(nn.Module):
 def run(
   blocks: Sequence[Block],
   x: jax.Array,
-  mask: jax.Array | None = None,
+  mask: jax.Array | Sequence[jax.Array] | None = None,
   *,
   prefixes: Sequence[attention.KeyValue] | None = None,
   context: jax.Array | None = None,
@@ -149,7 +150,8 @@ def run(
   Args:
     blocks: one per layer.
     x: [B, L, D].
-    mask: as in attention, the same for every layer.
+    mask: as in attention, the same for every layer; a sequence has one for
+      each, of one shape.
     prefixes: keys and values that stand before x, one per layer.
     context: [B, M, any size], of which each layer makes its own prefix, and
       again in the backward pass with remat.
@@ -168,18 +170,22 @@ def run(
     return _scan(blocks, x, mask, context, train=train, remat=remat)
 
   def call(
-    block: Block, x: jax.Array, prefix: attention.KeyValue | None
+    block: Block,
+    x: jax.Array,
+    mask: jax.Array | None,
+    prefix: attention.KeyValue | None,
   ) -> tuple[jax.Array, attention.KeyValue]:
     return block(
       x, mask, prefix=prefix, context=context, start=start, train=train
     )
 
   call = remat_lib.checkpoint(call, remat, nn.remat)
+  masks = mask if isinstance(mask, Sequence) else [mask] * len(blocks)
   kvs = []
-  for block, prefix in zip(
-    blocks, prefixes or [None] * len(blocks), strict=True
+  for block, own, prefix in zip(
+    blocks, masks, prefixes or [None] * len(blocks), strict=True
   ):
-    x, kv = call(block, x, prefix)
+    x, kv = call(block, x, own, prefix)
     kvs.append(kv)
   return x, tuple(kvs)
 
@@ -187,7 +193,7 @@ def run(
 def _scan(
   blocks: Sequence[Block],
   x: jax.Array,
-  mask: jax.Array | None,
+  mask: jax.Array | Sequence[jax.Array] | None,
   context: jax.Array | None,
   *,
   train: bool,
@@ -207,12 +213,27 @@ def _scan(
     key = blocks[0].make_rng("dropout")
     rngs = {"dropout": jax.random.split(key, len(blocks))}
 
+  masks, which = None, None
+  if isinstance(mask, Sequence):
+    # Layers share masks: each is kept once.
+    kinds = {id(own): own for own in mask}
+    order = list(kinds)
+    masks = jnp.stack(list(kinds.values()))
+    which = jnp.asarray([order.index(id(own)) for own in mask])
+
   def layer(x: jax.Array, own: tuple) -> tuple[jax.Array, attention.KeyValue]:
-    variables, rngs = own
+    variables, rngs, i = own
     return block.apply(
-      variables, x, mask, context=context, train=train, rngs=rngs
+      variables,
+      x,
+      mask if masks is None else masks[i],
+      context=context,
+      train=train,
+      rngs=rngs,
     )
 
   layer = remat_lib.checkpoint(layer, remat, prevent_cse=False)
-  x, kvs = jax.lax.scan(layer, x, (variables, rngs))
-  return x, tuple(attention.KeyValue(*kv) for kv in zip(*kvs, strict=True))
+  x, kvs = jax.lax.scan(layer, x, (variables, rngs, which))
+  return x, tuple(
+    jax.tree.map(operator.itemgetter(i), kvs) for i in range(len(blocks))
+  )
