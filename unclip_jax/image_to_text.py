@@ -74,7 +74,8 @@ class ImageToTextPipeline(stages.Stages):
   @property
   def image_size(self) -> int:
     """Pixels of a side of the pictures that are captioned."""
-    return self.parts["captioner"].task.image_size
+    task = self.parts["captioner"].task
+    return getattr(task, "image_size", None) or task.model.image_size
 
   def __call__(
     self,

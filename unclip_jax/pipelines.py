@@ -401,14 +401,16 @@ def kind_of_run(
   """The pipeline of a run that draws, or writes captions, by itself.
 
   Raises:
-    UserError: it does neither: its task has no `sample_options`.
+    UserError: it does neither: its task has no `direction`.
   """
   task = upstream.load_model(folder, abstract=True).task
-  if not hasattr(task, "sample_options"):
+  direction = getattr(task, "direction", None)
+  if direction is None:
     raise errors.UserError(
-      f"the run in '{folder}' draws nothing by itself: give a model folder"
+      f"the run in '{folder}' draws nothing by itself: make a model of it and "
+      "its other stages (unclip convert --from runs)"
     )
-  if getattr(task, "direction", "") == "image_to_text":
+  if direction == "image_to_text":
     return ImageToTextPipeline
   return TextToImagePipeline
 

@@ -117,8 +117,10 @@ def options_by_stage() -> dict[str, dict[str, Any]]:
   }
 
 
-def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
-  """What the flags ask of a pipeline's call.
+def options_of(
+  pipe: stages_lib.Stages, images: list[Image.Image]
+) -> dict[str, Any]:
+  """What the flags ask of a pipeline's call; `images` are those of --image.
 
   Raises:
     UserError: a flag that the model has no stage for.
@@ -134,7 +136,7 @@ def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
   steps = {k: v for k, v in steps.items() if v is not None}
   if isinstance(pipe, pipelines.UnCLIPPipeline):
     given |= {name: upsampler for name in pipe.upsamplers if upsampler}
-    if IMAGE.value:
+    if images:
       raise errors.UserError(
         "this model completes no pictures from --image: see `unclip edit`"
       )
@@ -164,7 +166,7 @@ def options_of(pipe: stages_lib.Stages) -> dict[str, Any]:
   }
   own = {k: v for k, v in own.items() if v is not None}
   return dict(
-    images=read_images() or None,
+    images=images or None,
     num_candidates=NUM_CANDIDATES.value,
     options={**own, **generator},
     upsampler_options={**steps, **upsampler},
@@ -256,7 +258,9 @@ def main() -> None:
   if isinstance(pipe, image_to_text.ImageToTextPipeline):
     caption(pipe)
     return
-  options = options_of(pipe)
+  images = read_images()
+  prompts = prompts or [""] * len(images)  # of a model that knows no captions
+  options = options_of(pipe, images)
   stages = pipe.stages
   done: dict[str, float] = dict.fromkeys(stages, 0.0)
   num_images = len(prompts) * NUM_IMAGES.value * NUM_CANDIDATES.value

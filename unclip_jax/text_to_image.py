@@ -41,7 +41,7 @@ class TextToImagePipeline(stages.Stages):
       parts: as the attribute.
 
     Raises:
-      UserError: there is no generator, or it draws nothing from captions.
+      UserError: there is no generator.
     """
     super().__init__(parts)
     if "generator" not in self.parts:
@@ -49,12 +49,7 @@ class TextToImagePipeline(stages.Stages):
         "the pipeline lacks its part 'generator', which draws: give its run "
         "folder"
       )
-    generator = self.parts["generator"]
-    if not hasattr(generator.task, "sample_options"):
-      raise errors.UserError(
-        f"the task {generator.config.task_name} draws no pictures of captions"
-      )
-    self.tokenizer = tokenizers.load(generator.assets_dir or "")
+    self.tokenizer = tokenizers.load(self.parts["generator"].assets_dir or "")
 
   @classmethod
   def from_runs(cls, src: str, **options: Any) -> TextToImagePipeline:

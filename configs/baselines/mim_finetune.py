@@ -9,7 +9,8 @@ MaskGIT (Chang et al. 2022, arXiv 2202.04200) with a caption, as in Muse (Chang
 et al. 2023, arXiv 2301.00704). The transformer comes from masked image
 modelling, of pixels or of codes; new are the embedding of codes in place of the
 stem, the text encoder, the cross-attention to it and the output. AdamW at 1e-4
-with layer-wise decay (configs/finetune.py).
+with layer-wise decay (configs/finetune.py); the best checkpoint by the held-out
+loss is kept, and the run ends when that has not fallen five times in a row.
 
 `:features=DIR` ends with the Frechet distance of held-out pictures in the space
 of a converted Inception or of a CLIP. `:smoke` trains two steps.
@@ -63,6 +64,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     below=(r"^position$",),
     fresh=(r"\.(norm_cross|cross_attn)\.",),
   )
+  # Few captioned pictures: the run ends when the held-out loss rises.
+  config.checkpoint.best.metric = "eval/loss/loss"
+  config.checkpoint.best.patience = 5
+  if not arg.smoke:
+    config.eval_every_steps = 250
+    config.evals.samples.every_steps = 1000
   if arg.features:
     config.evals.fid = dict(
       type="unclip_jax.evaluators.fid",

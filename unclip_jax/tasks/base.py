@@ -119,6 +119,17 @@ class CoupledTask(Task, Protocol):
     """
 
 
+class StandaloneTask(Task, Protocol):
+  """A task whose model is of use by itself: `unclip sample` takes its run.
+
+  `direction` says what `sample` makes of what: "text_to_image" (`image` of
+  `text_tokens` and `text_mask`), "image_to_image" or "image_to_text".
+  """
+
+  direction: str
+  sample_options: Mapping[str, Any]  # defaults of `sample`
+
+
 @runtime_checkable
 class AdaptedTask(Task, Protocol):
   """A task whose parameters only adapt those of an upstream model, `base`.

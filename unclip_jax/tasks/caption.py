@@ -48,6 +48,7 @@ class Task:
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
+  direction = "image_to_text"
 
   def __post_init__(self) -> None:
     if ("clip" in self.upstream) != (self.model.vision_tower is None):

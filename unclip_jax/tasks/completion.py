@@ -37,6 +37,7 @@ class Task:
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
+  direction = "image_to_image"
 
   def __post_init__(self) -> None:
     if self._has_tokens:
