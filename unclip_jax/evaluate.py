@@ -17,7 +17,7 @@ and its like, with a CLIP the CLIP score and the CMMD.
 
 An experiment on a whole model is a protocol (unclip_jax/protocols, a module
 each): prior_report, guidance_sweep, coco30k, diversity, scenes, typographic,
-aesthetic. It writes a table and plots too.
+aesthetic, comparison. It writes a table and plots too.
 
 Of one stage (--run: a run folder, or one part of a model) the evaluators of its
 config are run, or those of --config in their place; --config.NAME=VALUE changes

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from unclip_jax.protocols import (
   aesthetic,
   base,
   coco30k,
+  comparison,
   diversity,
   guidance_sweep,
   prior_report,
@@ -109,6 +111,32 @@ def test_spread_is_the_mean_over_pairs():
   found = diversity.spread(features)
   assert found["within"] == pytest.approx(distance[own & pairs].mean())
   assert found["between"] == pytest.approx(distance[~own].mean())
+
+
+def test_comparison_of_pictures_that_are_the_true_ones(subject):
+  class Exact(Drawn):
+    stages = ("decoder",)
+
+  made_up = dataclasses.replace(subject, pipe=Exact(subject))
+  protocol = comparison.Protocol(
+    num_images=8, num_prompts=4, num_repeats=2, num_shown=3, num_timed=1
+  )
+  result = protocol.run(made_up)
+  (row,) = result.rows
+  assert row["r1"] == row["true_r1"] and row["r5"] == row["true_r5"]
+  assert row["fid"] == pytest.approx(0.0, abs=1e-4) and row["count"] == 8
+  assert row["within"] == pytest.approx(0.0, abs=1e-6)
+  assert row["chance_r1"] == 1 / 8 and row["seconds"] > 0
+  sizes = {
+    name: sum(x.size for x in jax.tree.leaves(part.variables["params"]))
+    for name, part in subject.pipe.parts.items()
+  }
+  assert row["parameters"] == sizes["decoder"] + sizes["clip"]
+  np.testing.assert_array_equal(
+    result.pictures["drawn"], result.pictures["true"]
+  )
+  side = subject.pipe.image_size
+  assert result.pictures["drawn"].shape == (side + 4, 3 * (side + 2) + 2, 3)
 
 
 def test_prior_report_of_a_prior(subject):
