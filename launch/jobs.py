@@ -215,7 +215,7 @@ def show(text: str) -> None:
 
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:
-  """Whether a run folder holds its last step.
+  """Whether a run folder holds its last step, or that at which it ended early.
 
   A training that SIGTERM stopped saves and exits with 0: its exit code does not
   tell.
@@ -225,4 +225,16 @@ def is_finished(folder: str | os.PathLike[str]) -> bool:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
   except FileNotFoundError:
     return False
-  return (folder / "checkpoints" / f"{config['num_steps']:08d}").exists()
+  if (folder / "checkpoints" / f"{config['num_steps']:08d}").exists():
+    return True
+  patience = config["checkpoint"].get("best", {}).get("patience", 0)
+  if not patience:
+    return False
+  # Here, since it takes seconds to import.
+  from unclip_jax import checkpoints
+
+  checkpointer = checkpoints.Checkpointer(folder / "checkpoints")
+  if not checkpointer.steps():
+    return False
+  _, flat = checkpointer.restore_flat(names=r"^best\.stale$")
+  return int(flat["best.stale"]) >= patience

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from launch import jobs
 from unclip_jax import best, checkpoints, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
@@ -112,6 +113,15 @@ def test_whoever_loads_the_run_gets_the_best_step(stopped):
   for name, value in trees.flatten(loaded).items():
     np.testing.assert_array_equal(value, flat[f"state.ema_params.{name}"])
   assert (value != newest[f"state.ema_params.{name}"]).any()
+
+
+def test_launchers_know_that_it_is_finished(stopped, tmp_path):
+  workdir, _ = stopped
+  assert jobs.is_finished(workdir)
+  parts = tmp_path / "parts"
+  shutil.copytree(workdir, parts)
+  shutil.rmtree(parts / "checkpoints" / f"{max(losses(workdir)):08d}")
+  assert not jobs.is_finished(parts)
 
 
 def test_a_run_that_is_over_takes_no_further_step(stopped):
