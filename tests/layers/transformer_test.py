@@ -117,6 +117,30 @@ def test_a_scanned_stack_is_the_unrolled_one(x):
     )
 
 
+def test_a_mask_for_each_layer_is_that_layers(x):
+  """In their order, unrolled and scanned; two layers share one."""
+  masks = [np.tri(5, dtype=bool), np.eye(5, dtype=bool)]
+  variables = random_variables.like(Stack(depth=3).init, x)
+
+  def run(order, **options):
+    stack = Stack(depth=3, **options)
+    return stack.apply(variables, x, [masks[i] for i in order])[0]
+
+  def layer_by_layer(order):
+    y = x
+    for i, which in enumerate(order):
+      own = {"block_0": variables["params"][f"block_{i}"]}
+      y, _ = Stack(depth=1).apply({"params": own}, y, masks[which])
+    return y
+
+  expected = layer_by_layer((0, 1, 0))
+  for options in ({}, {"remat": True}, {"scan": True}):
+    np.testing.assert_allclose(
+      run((0, 1, 0), **options), expected, rtol=1e-4, atol=1e-5
+    )
+  assert np.abs(run((1, 0, 0)) - expected).max() > 1e-3
+
+
 def test_the_program_of_a_scanned_stack_does_not_grow_with_its_depth(x):
   def products(depth, scan):
     stack = Stack(depth=depth, remat=True, scan=scan)

@@ -55,8 +55,8 @@ def test_prefill_and_decode_steps_equal_the_whole(ready):
   np.testing.assert_allclose(np.stack(steps, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_causality_by_gradient_and_the_encoder_is_seen_by_all(ready):
-  """Tokens of the target move later logits only; the source moves all."""
+def test_causality_by_gradient(ready):
+  """Tokens of the target move later logits only."""
   model, variables, whole, out = ready
   params = variables["params"]
   # One position a token: its embedding is that position's alone.
@@ -92,7 +92,7 @@ def test_every_logit_depends_on_every_position_of_the_source(ready):
   apply = jax.jit(model.apply)
   for position in range(INPUTS[source].shape[1]):
     other = {**INPUTS, source: INPUTS[source].copy()}
-    other[source][:, position] = 1
+    other[source][:, position] = (other[source][:, position] + 1) % V
     changed = np.abs(apply(variables, **other)[0] - whole).max(-1) > 0
     if source == "text_tokens":  # row 0 has padding there, which hides it
       assert changed[0].all() == (position < 3)
@@ -101,11 +101,14 @@ def test_every_logit_depends_on_every_position_of_the_source(ready):
 
 
 def test_a_new_network_gives_every_token_the_same_probability(ready):
-  model, variables, whole, _ = ready
-  new = jax.eval_shape(lambda: model.init(jax.random.key(0), **INPUTS))
-  assert jax.tree.structure(new) == jax.tree.structure(variables)
-  output = jax.jit(model.init)(jax.random.key(0), **INPUTS)["params"]["output"]
-  assert not np.any(output["kernel"]) and np.any(whole)
+  model, _, whole, _ = ready
+
+  @jax.jit
+  def init_output():
+    return model.init(jax.random.key(0), **INPUTS)["params"]["output"]
+
+  assert not any(np.any(leaf) for leaf in init_output().values())
+  assert np.any(whole)
 
 
 def test_an_unknown_direction_is_an_error():
