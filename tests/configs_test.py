@@ -37,6 +37,8 @@ def test_the_configs_are_found():
 def upstream(path, name, size):
   """The config of an upstream model that a config at `path` fits on."""
   folder = path.split("/")[1]
+  if folder == "baselines" and (ROOT / f"configs/{folder}/{name}.py").exists():
+    return config_lib.load(str(ROOT / f"configs/{folder}/{name}.py"))
   folder = folder if folder in SMALL else "emoji"
   return config_lib.load(str(ROOT / f"configs/{folder}/{name}.py") + size)
 
