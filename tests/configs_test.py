@@ -38,7 +38,7 @@ def upstream(path, name, size):
   """The config of an upstream model that a config at `path` fits on."""
   folder = path.split("/")[1]
   if folder == "baselines":
-    name = {"tokenizer": "dvae"}.get(name, name)
+    name = {"tokenizer": "dvae", "perceptual": "clip"}.get(name, name)
     here = (ROOT / f"configs/baselines/{name}.py").exists()
     folder = folder if here else "emoji"
   folder = folder if folder in (*SMALL, "baselines") else "emoji"
