@@ -48,6 +48,8 @@ _RESAMPLERS = {"down": downsample, "up": upsample}
 class ResBlock(nn.Module):
   """GN -> SiLU -> [resample] -> conv, timestep, GN -> SiLU -> conv, plus skip.
 
+  In a network without a timestep or another embedding, `emb` is None.
+
   Attributes:
     out_channels: channels of the result.
     resample: "down" halves, "up" doubles height and width, in both branches.
@@ -67,7 +69,7 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, emb: jax.Array, *, train: bool = False
+    self, x: jax.Array, emb: jax.Array | None, *, train: bool = False
   ) -> jax.Array:
     """[B, H, W, C] and emb [B, D] -> [B, H', W', out_channels]."""
     norm = functools.partial(norms.GroupNorm, self.max_groups, dtype=self.dtype)
@@ -78,17 +80,20 @@ class ResBlock(nn.Module):
     h = conv3x3(self.out_channels, dtype=self.dtype, name="conv_1")(h)
     h = axes.constrain(h, "batch", "height", None, "channels")
 
-    emb = linear.Dense(
-      self.out_channels * (2 if self.scale_shift_norm else 1),
-      dtype=self.dtype,
-      name="emb_proj",
-    )(nn.silu(emb))[:, None, None]
     norm_2 = norm(name="norm_2")
-    if self.scale_shift_norm:
-      scale, shift = jnp.split(emb, 2, axis=-1)
-      h = norm_2(h) * (1 + scale) + shift
+    if emb is None:
+      h = norm_2(h)
     else:
-      h = norm_2(h + emb)
+      emb = linear.Dense(
+        self.out_channels * (2 if self.scale_shift_norm else 1),
+        dtype=self.dtype,
+        name="emb_proj",
+      )(nn.silu(emb))[:, None, None]
+      if self.scale_shift_norm:
+        scale, shift = jnp.split(emb, 2, axis=-1)
+        h = norm_2(h) * (1 + scale) + shift
+      else:
+        h = norm_2(h + emb)
     h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
     # Zero: the residual branch that ends here starts as the identity.
     h = conv3x3(
