@@ -290,6 +290,10 @@ def test_a_config_from_json_gives_the_same_optimizer():
     ({"rules": ("text", "freeze")}, "not a pair"),
     ({"rules": (("(", "freeze"),)}, "not a regular expression"),
     ({"decay_mask": "*"}, "not a regular expression"),
+    ({"groups": (("text", {"schedule": "linear"}),)}, "'text' has schedule"),
+    ({"groups": (("text", "freeze"),)}, "not a pair"),
+    ({"groups": ("text", {"b1": 0.5})}, "not a pair"),
+    ({"groups": (("(", {"b1": 0.5}),)}, "not a regular expression"),
   ],
 )
 def test_mistakes_are_user_errors(fields, message):
@@ -302,6 +306,138 @@ def test_a_rule_that_no_parameter_has_is_refused():
   tx, _ = make(rules=(("visoin", "freeze"),))
   with pytest.raises(errors.UserError, match="no parameter has 'visoin'"):
     tx.init(make_params())
+
+
+# The text is one player, the picture the other; the rest takes what is left.
+GROUPS = (
+  (
+    r"^text\.",
+    dict(learning_rate=0.4, b1=0.0, b2=0.9, clip_norm=None, weight_decay=0.0),
+  ),
+  (r"^(text|vision)\.", dict(clip_norm=0.25, eps=1e-3)),
+)
+REST = dict(b1=0.8, weight_decay=0.3, clip_norm=0.5, warmup_steps=2)
+
+
+def only(name):
+  """The rules that freeze all but one top-level name."""
+  return ((f"^(?!{name})", "freeze"),)
+
+
+@pytest.mark.parametrize(
+  "name, group", [("text", 0), ("vision", 1), ("logit_scale", None)]
+)
+def test_a_group_is_trained_as_if_it_were_alone(name, group):
+  grads = [make_grads(i) for i in range(4)]
+  together, _ = run(make(groups=GROUPS, **REST)[0], grads)
+  fields = {} if group is None else GROUPS[group][1]
+  alone, _ = run(make(**{**REST, **fields}, rules=only(name))[0], grads)
+  for a, b in zip(
+    jax.tree.leaves(together[name]), jax.tree.leaves(alone[name])
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+  # The fields do something.
+  plain, _ = run(make(**REST)[0], grads)
+  assert_trees_differ(together[name], plain[name])
+
+
+def assert_trees_differ(a: PyTree, b: PyTree) -> None:
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    assert np.abs(np.asarray(x) - y).max() > 1e-6
+
+
+def test_a_huge_gradient_shortens_no_step_of_another_group():
+  grads = make_grads(0)
+  huge = {**grads, "vision": jax.tree.map(lambda g: 1e6 * g, grads["vision"])}
+  tx, _ = make(name="sgd", clip_norm=0.1, groups=((r"^vision\.", {}),))
+  (a, _), (b, _) = run(tx, [grads]), run(tx, [huge])
+  for name in ("text", "logit_scale"):
+    assert_trees_equal(a[name], b[name])
+  plain, _ = make(name="sgd", clip_norm=0.1)
+  (a, _), (b, _) = run(plain, [grads]), run(plain, [huge])
+  assert_trees_differ(a["text"], b["text"])
+
+
+def test_groups_have_their_own_rate_and_the_reported_one_is_the_rests():
+  tx, schedule = make(
+    11,
+    name="sgd",
+    schedule="linear",
+    rules=((r"^text\..*bias", "freeze"), ("text", {"lr_mult": 0.5})),
+    groups=(("text", dict(learning_rate=0.8)),),
+  )
+  np.testing.assert_allclose(schedule(0), 0.1)
+  grads = [make_grads(i) for i in range(3)]
+  params, _ = run(tx, grads)
+  rates = 0.1 * (1 - np.arange(3) / 11)
+  by_name = {"text.dense.kernel": 8 * 0.5, "text.dense.bias": 0.0}
+  flat = trees.flatten(params)
+  for name, value in trees.flatten(make_params()).items():
+    for rate, g in zip(rates, grads):
+      value = value - rate * by_name.get(name, 1.0) * trees.flatten(g)[name]
+    np.testing.assert_allclose(flat[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_frozen_parameters_of_a_group_keep_every_bit_and_have_no_moments():
+  tx, _ = make(groups=GROUPS, rules=(("bias$", "freeze"),), **REST)
+  params = make_params()
+  params["text"]["dense"]["bias"] = jnp.array([-0.0, 0.0])
+  state = tx.init(params)
+  updates, state = jax.jit(tx.update)(make_grads(0), state, params)
+  after = jax.jit(optax.apply_updates)(params, updates)
+  assert_trees_equal(
+    params["text"]["dense"]["bias"], after["text"]["dense"]["bias"]
+  )
+  moments = [n for n in trees.flatten(state) if ".mu." in n]
+  assert len(moments) == 4 and not any(n.endswith("bias") for n in moments)
+
+
+def test_a_nonfinite_gradient_of_one_group_holds_all_back():
+  tx, _ = make(groups=GROUPS, **REST)
+  poisoned = make_grads(1)
+  poisoned["logit_scale"] = poisoned["logit_scale"] * np.nan
+  params, _ = run(tx, [make_grads(0)])
+  after, state = run(tx, [make_grads(0), poisoned])
+  assert_trees_equal(params, after)
+  assert int(optim.num_nonfinite(state)) == 1
+
+
+def test_a_group_that_no_parameter_has_is_refused():
+  tx, _ = make(groups=(("^vision", {}), ("visoin", {"b1": 0.5})))
+  with pytest.raises(errors.UserError, match="groups: no parameter has 'viso"):
+    tx.init(make_params())
+
+
+def test_all_parameters_may_be_in_groups_and_come_from_json():
+  fields = {
+    "learning_rate": 0.1,
+    "schedule": "constant",
+    "clip_norm": 1.0,
+    "groups": [["^(text|vision)", {"clip_norm": None}], ["logit", {}]],
+  }
+  tx, _ = optim.make_optimizer(ml_collections.ConfigDict(fields), 10)
+  fields["groups"] = ((r"\.", {"clip_norm": None}), ("t", {}))
+  same, _ = make(**fields)
+  grads = [make_grads(i) for i in range(2)]
+  assert_trees_equal(run(tx, grads)[0], run(same, grads)[0])
+
+
+def test_without_groups_checkpoints_hold_the_state_under_the_same_names():
+  """A stored opt_state is read by these names: they may not change."""
+  tx, _ = make(clip_norm=1.0, weight_decay=0.1, rules=(("bias$", "freeze"),))
+  state = tx.init(
+    {"dense": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+  )
+  inner = "0.inner_state.inner_states.trained.inner_state.1"
+  assert set(trees.flatten(state)) == {
+    "0.notfinite_count",
+    "0.last_finite",
+    "0.total_notfinite",
+    f"{inner}.count",
+    f"{inner}.mu.dense.kernel",
+    f"{inner}.nu.dense.kernel",
+    "1.count",
+  }
 
 
 def test_ema_follows_its_formula_in_float32():

@@ -17,6 +17,11 @@ The order of the chain, and why:
 
 Weight decay is multiplied by the learning rate, as in optax and PyTorch.
 
+Groups of parameters may have an optimizer of their own (`Optim.groups`): of two
+players that are trained by one gradient each has its own rate, moments, decay
+and norm, and neither's large gradient shortens the other's step. The guard is
+around all of them.
+
 SAM (Foret et al. 2020, arXiv 2010.01412) changes where the gradient is taken
 (gradients.py), not what is done with it; its perturbation is made here.
 """
@@ -25,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +45,14 @@ from unclip_jax.utils import errors, trees
 PyTree = Any
 
 _TRAINED, _FROZEN = "trained", "frozen"
+_GROUP_FIELDS = (
+  "learning_rate",
+  "b1",
+  "b2",
+  "eps",
+  "weight_decay",
+  "clip_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +75,15 @@ class Optim:
     rules: (regex over dotted parameter names, action); the first one that is
       found in a name (`re.search`) counts. An action is "freeze" or
       dict(lr_mult=0.1). Every regex must be found in some name.
+    groups: (regex over dotted parameter names, fields); what the regex finds
+      has an optimizer of its own with these of the fields learning_rate, b1,
+      b2, eps, weight_decay, clip_norm, and the others as here. The first regex
+      that is found in a name counts; each must be found in some. What none
+      finds is a group with the fields as they are here, and so is its
+      learning rate the one that is reported. Each group has its own norm.
     skip_nonfinite: the guard.
-    sam_rho: length of SAM's perturbation of the parameters; None or 0 = no
-      SAM.
+    sam_rho: length of SAM's perturbation of the parameters, all groups
+      together; None or 0 = no SAM.
     sam_replica_batch: examples that share a perturbation (the m of Foret et
       al., section 4.1); divides config.batch_size. None = the whole batch.
     sam_start_step: SAM sets in after so many updates. A network that starts at
@@ -84,6 +103,7 @@ class Optim:
   decay_mask: str = r"(^|\.)(bias|scale)$"
   clip_norm: float | None = None
   rules: tuple[tuple[str, str | Mapping[str, float]], ...] = ()
+  groups: tuple[tuple[str, Mapping[str, float | None]], ...] = ()
   skip_nonfinite: bool = True
   sam_rho: float | None = None
   sam_replica_batch: int | None = None
@@ -128,12 +148,46 @@ def make_optimizer(
     many times it.
 
   Raises:
-    UserError: an unknown field or value; at `init`, a rule that no parameter
-      has.
+    UserError: an unknown field or value; at `init`, a rule or a group that no
+      parameter has.
   """
   optim = config_lib.construct(Optim, config_optim, where="config.optim")
   _check_rules(optim)
   schedule = make_schedule(optim, num_steps)
+  groups = {_TRAINED: optim} | {
+    f"group_{i}": dataclasses.replace(optim, **fields)
+    for i, (_, fields) in enumerate(optim.groups)
+  }
+  inner = optax.multi_transform(
+    {name: _transform(group) for name, group in groups.items()}
+    | {_FROZEN: optax.set_to_zero()},
+    lambda params: jax.tree.map(
+      lambda mult, group: _FROZEN if mult == _FROZEN else group,
+      _multipliers(optim, params),
+      _groups(optim, params),
+    ),
+  )
+  if optim.skip_nonfinite:
+    inner = optax.apply_if_finite(inner, np.iinfo(np.int32).max)
+  rate = optax.scale_by_learning_rate(schedule)
+  if optim.groups:
+    rate = optax.multi_transform(
+      {
+        name: optax.scale_by_learning_rate(make_schedule(group, num_steps))
+        for name, group in groups.items()
+      },
+      lambda params: _groups(optim, params),
+    )
+  tx = optax.chain(
+    inner,
+    rate,
+    optax.stateless(lambda updates, _: _scaled(optim, updates)),
+  )
+  return tx, schedule
+
+
+def _transform(optim: Optim) -> optax.GradientTransformation:
+  """Clipping, moments and decay of one group, without its learning rate."""
   if optim.name == "adamw":
     scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
   elif optim.name == "sgd":
@@ -150,21 +204,7 @@ def make_optimizer(
   decay = optax.add_decayed_weights(
     optim.weight_decay, mask=lambda params: _decayed(optim, params)
   )
-  inner = optax.multi_transform(
-    {_TRAINED: optax.chain(clip, scale, decay), _FROZEN: optax.set_to_zero()},
-    lambda params: jax.tree.map(
-      lambda mult: _FROZEN if mult == _FROZEN else _TRAINED,
-      _multipliers(optim, params),
-    ),
-  )
-  if optim.skip_nonfinite:
-    inner = optax.apply_if_finite(inner, np.iinfo(np.int32).max)
-  tx = optax.chain(
-    inner,
-    optax.scale_by_learning_rate(schedule),
-    optax.stateless(lambda updates, _: _scaled(optim, updates)),
-  )
-  return tx, schedule
+  return optax.chain(clip, scale, decay)
 
 
 def make_sam(
@@ -261,7 +301,7 @@ def ema_update(
 
 
 def _check_rules(optim: Optim) -> None:
-  """Raises UserError unless the rules can be read."""
+  """Raises UserError unless the rules and the groups can be read."""
   for rule in optim.rules:
     if len(rule) != 2 or not isinstance(rule[0], str):
       raise errors.UserError(
@@ -273,7 +313,20 @@ def _check_rules(optim: Optim) -> None:
         f"config.optim.rules: the action for '{pattern}' is {action} and must "
         "be 'freeze' or dict(lr_mult=...)"
       )
-  for pattern in (optim.decay_mask, *(rule[0] for rule in optim.rules)):
+  for group in optim.groups:
+    is_pair = len(group) == 2 and isinstance(group[0], str)
+    if not is_pair or not isinstance(group[1], Mapping):
+      raise errors.UserError(
+        f"config.optim.groups: {group} is not a pair (regex, dict of fields)"
+      )
+    unknown = sorted({*group[1]} - {*_GROUP_FIELDS})
+    if unknown:
+      raise errors.UserError(
+        f"config.optim.groups: '{group[0]}' has {', '.join(unknown)}, and may "
+        f"have only {', '.join(_GROUP_FIELDS)}"
+      )
+  patterns = [pattern for pattern, _ in (*optim.rules, *optim.groups)]
+  for pattern in (optim.decay_mask, *patterns):
     try:
       re.compile(pattern)
     except re.error as e:
@@ -299,13 +352,7 @@ def _multipliers(optim: Optim, params: PyTree) -> PyTree:
   Raises:
     UserError: a rule that no parameter has.
   """
-  names = list(trees.flatten(params))
-  for pattern, _ in optim.rules:
-    if not any(re.search(pattern, name) for name in names):
-      raise errors.UserError(
-        f"config.optim.rules: no parameter has '{pattern}' in its name; names "
-        f"look like '{names[0]}'"
-      )
+  _check_found("rules", optim.rules, params)
 
   def multiplier(path: tuple[Any, ...], _: jax.Array) -> float | str:
     name = ".".join(trees.path_names(path))
@@ -315,6 +362,37 @@ def _multipliers(optim: Optim, params: PyTree) -> PyTree:
     return 1.0
 
   return jax.tree_util.tree_map_with_path(multiplier, params)
+
+
+def _groups(optim: Optim, params: PyTree) -> PyTree:
+  """The name of its group for every parameter.
+
+  Raises:
+    UserError: a group that no parameter has.
+  """
+  _check_found("groups", optim.groups, params)
+
+  def group(path: tuple[Any, ...], _: jax.Array) -> str:
+    name = ".".join(trees.path_names(path))
+    for i, (pattern, _) in enumerate(optim.groups):
+      if re.search(pattern, name):
+        return f"group_{i}"
+    return _TRAINED
+
+  return jax.tree_util.tree_map_with_path(group, params)
+
+
+def _check_found(
+  field: str, pairs: Sequence[tuple[str, Any]], params: PyTree
+) -> None:
+  """Raises UserError unless each regex is found in some parameter's name."""
+  names = list(trees.flatten(params))
+  for pattern, _ in pairs:
+    if not any(re.search(pattern, name) for name in names):
+      raise errors.UserError(
+        f"config.optim.{field}: no parameter has '{pattern}' in its name; "
+        f"names look like '{names[0]}'"
+      )
 
 
 def _scaled(optim: Optim, updates: PyTree) -> PyTree:
