@@ -351,13 +351,7 @@ class WordPieceTokenizer:
     return {name: path for name, path in paths.items() if os.path.isfile(path)}
 
   def _id(self, token: str) -> int:
-    token_id = self._tokenizer.token_to_id(token)
-    if token_id is None:
-      raise UserError(
-        f"vocab.txt in {self.folder} lacks the token {token}: it is not BERT's;"
-        " put the original file there"
-      )
-    return token_id
+    return self._tokenizer.token_to_id(token)
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
@@ -376,12 +370,15 @@ class WordPieceTokenizer:
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
-    # A text that spells them out means them, as in the released code; what the
-    # vocabulary lacks would become a new id.
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    tokenizer.add_special_tokens(
-      [x for x in special if tokenizer.token_to_id(x) is not None]
-    )
+    # A text that spells them out means them, as in the released code.
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for token in special:
+      if tokenizer.token_to_id(token) is None:
+        raise UserError(
+          f"{path} lacks the token {token}: it is not BERT's; put the original"
+          " file there"
+        )
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 

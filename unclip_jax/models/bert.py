@@ -90,14 +90,15 @@ class Encoder(nn.Module):
       )
     normal = nn.initializers.normal(0.02)
 
-    def table(name: str, rows: int) -> jax.Array:
-      return self.param(name, normal, (rows, self.width))
+    def look_up(name: str, rows: int, indices: jax.Array) -> jax.Array:
+      table = self.param(name, normal, (rows, self.width))
+      return jnp.take(table, indices, axis=0)
 
     if token_types is None:
       token_types = jnp.zeros_like(text_tokens)
-    x = table("token_embed", self.vocab_size)[text_tokens]
-    x = x + table("position", self.context_length)[:L]
-    x = x + table("type_embed", self.num_token_types)[token_types]
+    x = look_up("token_embed", self.vocab_size, text_tokens)
+    x = x + look_up("position", self.context_length, jnp.arange(L))
+    x = x + look_up("type_embed", self.num_token_types, token_types)
     x = norms.LayerNorm(_EPSILON, dtype=self.dtype, name="norm")(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
     mask = attention_maps.of_keys(text_mask)

@@ -146,8 +146,8 @@ class Model(nn.Module):
     self, image: jax.Array, *, train: bool = False
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What enters the bottleneck, [B, h, h, D or 2 D], and the maps."""
-    B, H, W, _ = image.shape
-    if (H, W) != (self.image_size,) * 2:
+    _, H, W, _ = image.shape
+    if self.image_size != H or self.image_size != W:
       raise errors.UserError(
         f"this autoencoder takes pictures of {self.image_size} x"
         f" {self.image_size} pixels, not {H} x {W}: change image_size"
@@ -158,14 +158,14 @@ class Model(nn.Module):
 
   def encode_tokens(self, image: jax.Array) -> jax.Array:
     """[B, S, S, 3] in [-1, 1] -> codes [B, h h] int32, row by row."""
-    self._check_vq()
+    self.check_vq()
     z, _ = self.encode(image)
     _, out = self.quantize(z)
     return out["tokens"].reshape(len(image), -1)
 
   def decode_tokens(self, image_tokens: jax.Array) -> jax.Array:
     """Codes [B, h h] int32, row by row -> pictures [B, S, S, 3]."""
-    self._check_vq()
+    self.check_vq()
     h = self.grid_size
     z = self.quantize.decode(image_tokens.reshape(-1, h, h))
     features, _ = self.decoder(z.astype(self.dtype))
@@ -179,7 +179,8 @@ class Model(nn.Module):
     """[B, S, S, 3] -> logits [B, h', w'] float32."""
     return self.discriminator(image.astype(self.dtype))
 
-  def _check_vq(self) -> None:
+  def check_vq(self) -> None:
+    """Raises UserError where there is no codebook."""
     if self.bottleneck != "vq":
       raise errors.UserError(
         "this autoencoder has no codes: train one with"

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from unclip_jax.losses import adversarial
 from unclip_jax.tasks import base
+from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
 DELTA = 1e-6  # section 3.1
@@ -120,7 +121,7 @@ class Objective:
 
     Returns:
       The loss [B], and metrics: those of `reconstruct`, and "generator",
-      "discriminator", "logits_real" and "logits_fake" [B], "adaptive_weight"
+      "discriminator", "real_logits" and "fake_logits" [B], "adaptive_weight"
       [] (0 before the start).
     """
     B = len(true)
@@ -159,8 +160,8 @@ class Objective:
     metrics |= {
       "generator": deceit,
       "discriminator": judgement,
-      "logits_real": real.reshape(B, -1).mean(-1),
-      "logits_fake": _by_example(fake.reshape(len(fake), -1).mean(-1), B),
+      "real_logits": real.reshape(B, -1).mean(-1),
+      "fake_logits": _by_example(fake.reshape(len(fake), -1).mean(-1), B),
       "adaptive_weight": weight,
     }
     deceit = self.adversarial_weight * weight * deceit
@@ -195,6 +196,15 @@ class Objective:
       return found[name].astype(jnp.float32)
 
     return features
+
+
+def make_objective(fields: Mapping[str, Any]) -> Objective:
+  """The objective of `config.task.objective`.
+
+  Raises:
+    UserError: an unknown field or value.
+  """
+  return config_lib.construct(Objective, fields, where="config.task.objective")
 
 
 def adaptive_weight(
