@@ -159,7 +159,7 @@ def _build(
 def assets_dir(own: str, models: Mapping[str, Loaded]) -> str | None:
   """A model's folder of assets; of one without a tokenizer its upstream's."""
   files = os.listdir(own) if os.path.isdir(own) else []
-  if {tokenizers.SENTENCEPIECE_FILE, *tokenizers.BPE_FILES} & {*files}:
+  if tokenizers.FILES & {*files}:
     return own
   return next((m.assets_dir for m in models.values() if m.assets_dir), None)
 

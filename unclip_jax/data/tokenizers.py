@@ -1,8 +1,8 @@
-"""Text <-> token ids: SentencePiece, and the byte-pair encoding of CLIP.
+"""Text <-> token ids: SentencePiece, CLIP's byte-pair encoding, WordPiece.
 
-Both are byte-pair encodings (Sennrich et al. 2016, arXiv 1508.07909) in which
-every text, emoji included, has tokens, and to both "A Frog" and "a frog" are
-the same prompt. Which one a folder holds, its files tell (`load`).
+The first two are byte-pair encodings (Sennrich et al. 2016, arXiv 1508.07909)
+in which every text, emoji included, has tokens, and to both "A Frog" and "a
+frog" are the same prompt. Which one a folder holds, its files tell (`load`).
 
 SentencePiece is what is trained here: byte fallback, NFKC and case folding.
 Ids: 0 padding, 1 unknown (never seen, for the byte fallback), 2 begin of
@@ -12,6 +12,10 @@ CLIP's (Radford et al. 2021, section 2.4) comes with foreign weights: letters of
 a word together, digits and runs of other characters apart, their bytes merged
 up to the end of the word. Its released code also mends mojibake and resolves
 HTML entities first; neither is done here nor in transformers.
+
+BERT's WordPiece (Devlin et al. 2018, section 3; Wu et al. 2016, arXiv
+1609.08144) comes with foreign weights too: of each word the longest known piece
+first. A word that its pieces do not make up is one unknown token.
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 # The last of them is optional, and may name a "pad_token".
 BPE_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 BPE_BEGIN, BPE_END = "<|startoftext|>", "<|endoftext|>"
+# The second is optional, and may say "do_lower_case".
+WORDPIECE_FILES = ("vocab.txt", "tokenizer_config.json")
+FILES = {SENTENCEPIECE_FILE, *BPE_FILES, *WORDPIECE_FILES}
 
 # Nothing that a person writes; longer text would only be truncated anyway.
 _MAX_CHARS = 10_000
@@ -88,28 +95,35 @@ def load(path: str) -> Tokenizer:
   """The tokenizer of a folder, or of a SentencePiece file.
 
   Args:
-    path: a folder that holds tokenizer.model, or vocab.json and merges.txt; or
-      a SentencePiece model file.
+    path: a folder that holds tokenizer.model, or vocab.json and merges.txt, or
+      vocab.txt; or a SentencePiece model file.
 
   Raises:
-    UserError: the folder holds no tokenizer, or both kinds.
+    UserError: the folder holds no tokenizer, or several.
   """
   if not os.path.isdir(path):
     return SentencePieceTokenizer(path)
-  found = set(os.listdir(path))
-  is_bpe = {"vocab.json", "merges.txt"} <= found
-  if is_bpe and SENTENCEPIECE_FILE in found:
+  there = set(os.listdir(path))
+  kinds = {
+    SENTENCEPIECE_FILE: {SENTENCEPIECE_FILE},
+    "vocab.json": {"vocab.json", "merges.txt"},
+    "vocab.txt": {"vocab.txt"},
+  }
+  found = [name for name, files in kinds.items() if files <= there]
+  if len(found) > 1:
     raise UserError(
-      f"{path} holds two tokenizers, {SENTENCEPIECE_FILE} and vocab.json:"
-      " delete the one that is not this model's"
+      f"{path} holds two tokenizers, {found[0]} and {found[1]}: delete the one"
+      " that is not this model's"
     )
-  if not is_bpe and SENTENCEPIECE_FILE not in found:
+  if not found:
     raise UserError(
-      f"there is no tokenizer in {path}: put {SENTENCEPIECE_FILE} there, or"
-      " vocab.json and merges.txt"
+      f"there is no tokenizer in {path}: put {SENTENCEPIECE_FILE} there,"
+      " vocab.json and merges.txt, or vocab.txt"
     )
-  if is_bpe:
+  if found == ["vocab.json"]:
     return BpeTokenizer(path)
+  if found == ["vocab.txt"]:
+    return WordPieceTokenizer(path)
   return SentencePieceTokenizer(os.path.join(path, SENTENCEPIECE_FILE))
 
 
@@ -275,6 +289,96 @@ class BpeTokenizer:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     # A text that spells them out means them, as in the released code.
     tokenizer.add_special_tokens([BPE_BEGIN, BPE_END])
+    return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class WordPieceTokenizer:
+  """The tokenizer of BERT, from its public files.
+
+  Ids are those of transformers' BertTokenizer: begin of sequence is [CLS], end
+  of sequence [SEP].
+
+  Fields:
+    folder: holds vocab.txt (a token a line) and optionally
+      tokenizer_config.json, of which "do_lower_case" is read (true, if it does
+      not say).
+  """
+
+  folder: str
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids are in [0, vocab_size)."""
+    return self._tokenizer.get_vocab_size()
+
+  @functools.cached_property
+  def lowercase(self) -> bool:
+    """Whether letters lose their case and their accents."""
+    path = os.path.join(self.folder, WORDPIECE_FILES[-1])
+    if not os.path.isfile(path):
+      return True
+    return bool(_read_fields(path).get("do_lower_case", True))
+
+  @functools.cached_property
+  def pad_id(self) -> int:
+    return self._id("[PAD]")
+
+  @functools.cached_property
+  def bos_id(self) -> int:
+    return self._id("[CLS]")
+
+  @functools.cached_property
+  def eos_id(self) -> int:
+    return self._id("[SEP]")
+
+  def encode(
+    self, texts: Sequence[str], context_length: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """As `Tokenizer.encode`."""
+    rows = [self._tokenizer.encode(_encodable(text)).ids for text in texts]
+    return _padded(self, rows, texts, context_length)
+
+  def decode(self, text_tokens: np.ndarray) -> list[str]:
+    """The texts (normalised) of token ids [B, L]; special ids are dropped."""
+    special = {self.pad_id, self.bos_id, self.eos_id}
+    rows = [[int(i) for i in row if i not in special] for row in text_tokens]
+    return [self._tokenizer.decode(x, skip_special_tokens=False) for x in rows]
+
+  def assets(self) -> dict[str, str]:
+    """Name -> path of the files that there are of WORDPIECE_FILES."""
+    paths = {name: os.path.join(self.folder, name) for name in WORDPIECE_FILES}
+    return {name: path for name, path in paths.items() if os.path.isfile(path)}
+
+  def _id(self, token: str) -> int:
+    return self._tokenizer.token_to_id(token)
+
+  @functools.cached_property
+  def _tokenizer(self) -> Any:
+    import tokenizers
+
+    path = os.path.join(self.folder, WORDPIECE_FILES[0])
+    try:
+      model = tokenizers.models.WordPiece.from_file(path, unk_token="[UNK]")
+    except Exception as e:  # it raises nothing more special
+      raise UserError(
+        f"{path} is missing or damaged ({e}): put the original file there"
+      ) from e
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+      lowercase=self.lowercase
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    # A text that spells them out means them, as in the released code.
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for token in special:
+      if tokenizer.token_to_id(token) is None:
+        raise UserError(
+          f"{path} lacks the token {token}: it is not BERT's; put the original"
+          " file there"
+        )
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
