@@ -38,7 +38,8 @@ def upstream(path, name, size):
   """The config of an upstream model that a config at `path` fits on."""
   folder = path.split("/")[1]
   if folder == "baselines":
-    name = {"tokenizer": "dvae", "perceptual": "clip"}.get(name, name)
+    tokenizer = "vqgan" if "vqgan" in path else "dvae"
+    name = {"tokenizer": tokenizer}.get(name, name)
     here = (ROOT / f"configs/baselines/{name}.py").exists()
     folder = folder if here else "emoji"
   folder = folder if folder in (*SMALL, "baselines") else "emoji"
@@ -87,11 +88,12 @@ def check_default_rules(params):
   assert share("fsdp") > 0.98 and share("tensor") > 0.6
 
 
-# Variants of the emoji's configs, which are run.
+# Variants of the emoji's configs, which are run; and the baselines, a step of
+# each of whose tasks is run and pinned in tests/tasks.
 VARIANTS = [
   x
   for x in CONFIGS
-  if x.split("/")[1] in ("ablations", "emoji_styles", "karlo")
+  if x.split("/")[1] in ("ablations", "baselines", "emoji_styles", "karlo")
 ]
 
 

@@ -60,6 +60,7 @@ class Task:
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
+  direction = "text_to_image"
 
   def __post_init__(self) -> None:
     _ = self._objective
