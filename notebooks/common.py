@@ -20,6 +20,9 @@ PARTS = (
   *("upsampler_64", "upsampler_256", "upsampler_1024"),
 )
 
+# One family, untrained, of which no figure says anything.
+SMOKE_FAMILIES = ("--size=smoke", "--only=^gan$", "--num_images=20")
+
 
 def folders(models: str, size: str = "smoke") -> dict[str, str]:
   """The parts of a model: name -> folder, in the pipeline's order.
@@ -39,6 +42,23 @@ def folders(models: str, size: str = "smoke") -> dict[str, str]:
     models = out
   found = {name: os.path.join(models, name) for name in PARTS}
   return {name: path for name, path in found.items() if os.path.isdir(path)}
+
+
+def families_folder(folder: str) -> str:
+  """A folder that launch/families.py has left; else one that it makes.
+
+  Args:
+    folder: where there is none, one family is trained for two steps in
+      runs/notebook_families, once.
+  """
+  if not os.path.isfile(os.path.join(folder, "families.json")):
+    out = os.path.join("runs", "notebook_families")
+    print(f"no families in {folder}: taking those in {out}")
+    folder = out
+  if not os.path.isfile(os.path.join(folder, "families.json")):
+    command = ["launch/families.py", f"--out={folder}", *SMOKE_FAMILIES]
+    subprocess.run([sys.executable, *command], check=True)
+  return folder
 
 
 def show(

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom at smoke size, and has its source."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import jupytext
 import nbformat
 import pytest
+from PIL import Image
 
 from notebooks import common
 
@@ -47,6 +49,33 @@ def models(tmp_path_factory):
   return str(folder)
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+  """What launch/families.py leaves: one family, and the CLIP that looks."""
+  folder = tmp_path_factory.mktemp("families")
+  command = ["launch/families.py", f"--out={folder}", *common.SMOKE_FAMILIES]
+  process = subprocess.run(
+    [sys.executable, *command],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert process.returncode == 0, process.stderr[-3000:]
+  return folder
+
+
+def test_families_are_compared(families):
+  report = json.loads((families / "families.json").read_text())
+  (row,) = report["rows"]
+  assert row["family"] == "gan" and row["count"] == 20
+  assert row["parameters"] > 0 and row["seconds"] > 0
+  assert row["chance_r1"] == 1 / 20
+  with Image.open(families / "families.png") as sheet:
+    # The true pictures and one row of drawn ones, 32 px doubled.
+    assert sheet.height == 2 * 2 * (32 + 4)
+
+
 def test_quickstart_runs(models):
   assert list(common.folders(models)) == [
     *("clip", "prior", "decoder", "upsampler_64"),
@@ -57,8 +86,12 @@ def test_quickstart_runs(models):
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
-def test_notebook_runs(path, models):
-  run(path, {"UNCLIP_NOTEBOOK_MODELS": models})
+def test_notebook_runs(path, models, families):
+  environment = {
+    "UNCLIP_NOTEBOOK_MODELS": models,
+    "UNCLIP_NOTEBOOK_FAMILIES": str(families),
+  }
+  run(path, environment)
 
 
 @pytest.mark.parametrize(
