@@ -2,7 +2,8 @@
 
 Which ones is said by a regex over their names in model.safetensors:
 "params.conv_in.kernel", "tables.embedding_space.mean". What is selected must
-fit; what the new run has and the model has not stays fresh.
+fit; what the new run has and the model has not stays fresh. A network that got
+more inputs may start as the model too, with zeros for their weights (`grown`).
 
   unclip train --config F --workdir W --config.init_from.path=runs/decoder \
     --config.init_from.names='^(?!params.conv_in.kernel)'
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,10 +37,14 @@ class InitFrom:
     path: a run folder (the averaged parameters of its newest step) or one part
       of a released model; "" = from scratch.
     names: regex; arrays in whose names it is found (`re.search`) are taken.
+    grown: (regex, axis, parts): arrays in whose names it is found may be
+      shorter along that axis than their places. The axis consists of so many
+      equal parts, whose first entries they are, and the others are 0.
   """
 
   path: str = ""
   names: str = ".*"
+  grown: Sequence[tuple[str, int, int]] = ()
 
   def load(
     self,
@@ -71,6 +76,10 @@ class InitFrom:
         )
     arrays = trees.flatten({**model.variables, "tables": model.tables})
     wanted = trees.flatten(places)
+    arrays = {
+      name: self._grow(name, x, wanted[name].shape) if name in wanted else x
+      for name, x in arrays.items()
+    }
     selected = self._select(arrays, wanted)
     fresh = [name for name in wanted if name not in selected]
     logging.info(
@@ -82,6 +91,22 @@ class InitFrom:
       f": {_listed(fresh)}" if fresh else "",
     )
     return {name: _place(arrays[name], wanted[name]) for name in selected}
+
+  def _grow(
+    self, name: str, array: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    """The array, with zeros where `grown` says that there may be any."""
+    for regex, axis, parts in self.grown:
+      if not re.search(regex, name) or len(shape) != array.ndim:
+        continue
+      old, new = array.shape[axis], shape[axis]
+      if old < new and old % parts == 0 and new % parts == 0:
+        before, after = array.shape[:axis], array.shape[axis + 1 :]
+        split = array.reshape(*before, parts, old // parts, *after)
+        room = [(0, 0)] * split.ndim
+        room[axis + 1] = (0, (new - old) // parts)
+        array = np.pad(split, room).reshape(*before, new, *after)
+    return array
 
   def _select(
     self,

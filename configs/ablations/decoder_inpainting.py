@@ -10,7 +10,7 @@ more input channels here:
     --config.init_from.path=runs/emoji/decoder \
     --config.init_from.names='^(?!params.conv_in.kernel)'
 
-As GLIDE's (Nichol et al. 2021, section 3.3): the network sees the known part of
+As GLIDE's (Nichol et al. 2021, section 4.3): the network sees the known part of
 the picture and where it is. `inpaint` of the pipeline shows it both; with the
 base it can only put the known pixels into every prediction. Expect edges that
 fit where the base leaves seams, and at `known=0` the base's own loss.

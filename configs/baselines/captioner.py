@@ -6,7 +6,7 @@
 A causal transformer that attends to the patch states of the frozen CLIP (Show
 and Tell, Vinyals et al. 2015, with a transformer for the LSTM). Evaluated by
 BLEU and CIDEr-D of the captions that a beam search finds, on pictures seen and
-held out. About 2.6 million parameters. `captioner_tuned.py` trains the tower
+held out. 2.5 million parameters. `captioner_tuned.py` trains the tower
 on; `:smoke` trains two steps.
 """
 

@@ -6,7 +6,7 @@
 
 The same network as configs/shapes/decoder.py, the CLIP embedding always
 dropped (so that which CLIP it is does not matter), the caption in 20 %
-(GLIDE, Nichol et al. 2021, section 3.1). `:quick` and `:smoke` are as there.
+(GLIDE, Nichol et al. 2021, section 4.2). `:quick` and `:smoke` are as there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GLIDE's text encoder (Nichol et al. 2021, section 3.1; its released code).
+"""GLIDE's text encoder (Nichol et al. 2021, section 4.1; its released code).
 
 A transformer over the caption's tokens, trained with the network that it is a
 part of. It is bidirectional and knows no mask: padded positions hold a learned

@@ -9,7 +9,7 @@ al. 2022, arXiv 2205.01917, section 3.2). The context of every layer is
 
 each projected, then normalised. Its keys and values stand before those of the
 text, in one softmax, as in all networks here (GLIDE, Nichol et al. 2021,
-section 3.1): the attention across, for which the original transformer has
+section 4.1): the attention across, for which the original transformer has
 layers of its own, and the causal one are one layer.
 
 A caption of L tokens is [begin, x_1, ..., x_(L - 2), end], and what is shorter

@@ -207,6 +207,11 @@ class Model(nn.Module):
   remat: bool | str = False
   dtype: DTypeLike = jnp.float32
 
+  @property
+  def context_length(self) -> int | None:
+    """Tokens that the network's own text encoder reads; None: it has none."""
+    return self.text_encoder and self.text_encoder["context_length"]
+
   def setup(self) -> None:
     self._check_fields()
     self._setup_conditions()

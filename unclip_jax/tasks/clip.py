@@ -265,7 +265,8 @@ def caption(
   """A network's text, as if there were none in the rows of `drop`.
 
   Args:
-    clip: the task that encodes it.
+    clip: the task that encodes it; None: nothing does, the network takes
+      tokens.
     batch: has text_tokens and text_mask [B, L], and may have what `text_states`
       stores.
     drop: [B] bool; None: no row.
@@ -274,13 +275,17 @@ def caption(
     as_tokens: tokens in place of the CLIP's states of them.
 
   Returns:
-    `text_embed` [B, D], not normalised; `text_tokens` or `text_encodings`, and
-    `text_mask`; `text_drop`, where the network has to heed it.
+    `text_embed` [B, D], not normalised, where there is a CLIP; `text_tokens` or
+    `text_encodings`, and `text_mask`; `text_drop`, where the network has to
+    heed it.
   """
   if drop is not None and not learned_null:
     batch = _with_empty_captions(batch, drop)
-  text_embed, text_encodings = text_states(clip, clip_variables, batch)
-  text = {"text_embed": text_embed}
+  text = {}
+  if clip is not None:
+    text["text_embed"], text_encodings = text_states(
+      clip, clip_variables, batch
+    )
   if as_tokens:
     text |= {k: batch[k] for k in ("text_tokens", "text_mask")}
   else:

@@ -7,8 +7,12 @@ text encoder of its own, tokens. The embedding and the caption are dropped
 independently, with 10 % and 50 % in the paper, for classifier-free guidance.
 The variance is learned (hybrid loss, Nichol & Dhariwal 2021).
 
+A network without `image_embed_dim` that encodes tokens itself stands on no
+CLIP: it is GLIDE (Nichol et al. 2021, arXiv 2112.10741), which unCLIP's decoder
+extends, and draws from P(x | caption).
+
 A network for inpainting is shown a random part of the picture in training
-(GLIDE, Nichol et al. 2021, section 3.3), and where nothing is known it is a
+(GLIDE, Nichol et al. 2021, section 4.3), and where nothing is known it is a
 plain decoder.
 """
 
@@ -32,7 +36,10 @@ from unclip_jax.utils import embedding_space, errors
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Draws a picture from a CLIP image embedding and a caption.
+  """Draws a picture from a CLIP image embedding, a caption, or both.
+
+  What the network takes says the model; there is a `clip` in `upstream` where
+  any of it comes from one.
 
   Attributes:
     process: fields of diffusion.process.Process.
@@ -65,6 +72,13 @@ class Task:
         f"config.task.condition_on '{self.condition_on}' is not image_embed or"
         " text_embed"
       )
+    is_glide = self.model.image_embed_dim is None and self.model.text_encoder
+    if not is_glide and "clip" not in self.upstream:
+      raise errors.UserError(
+        "this decoder stands on a CLIP's embedding or text states: set"
+        " config.frozen.clip, or in the model's config a text_encoder and no"
+        " image_embed_dim"
+      )
 
   @functools.cached_property
   def diffusion(self) -> process_lib.Process:
@@ -80,13 +94,15 @@ class Task:
       rng,
       batch["image"],
       timesteps,
-      image_embed=self._image_embed(frozen, batch),
+      **self._image(frozen, batch),
       **self._text(frozen, batch),
     )
 
   def prepare(
     self, frozen: base.Frozen, batches: Iterable[base.Batch]
   ) -> dict[str, base.PyTree]:
+    if self.model.image_embed_dim is None:
+      return {}
     return prior_diffusion.fit_embedding_space(
       self.embedding_space,
       self.upstream["clip"],
@@ -110,6 +126,20 @@ class Task:
       image_embed = clip_task.image_embed(clip, variables, batch)
     return embedding_space.encode(frozen["embedding_space"], image_embed)
 
+  def _image(
+    self,
+    frozen: base.Frozen,
+    batch: base.Batch,
+    drop: jax.Array | None = None,
+  ) -> dict[str, jax.Array]:
+    """The embedding as the network takes it; {} if it takes none."""
+    if self.model.image_embed_dim is None:
+      return {}
+    image = {"image_embed": self._image_embed(frozen, batch)}
+    if drop is not None:
+      image["image_embed_drop"] = drop
+    return image
+
   def _text(
     self,
     frozen: base.Frozen,
@@ -117,15 +147,15 @@ class Task:
     drop: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
     text = clip_task.caption(
-      self.upstream["clip"],
-      frozen["clip"],
+      self.upstream.get("clip"),
+      frozen.get("clip"),
       batch,
       drop=drop,
       learned_null=self.model.learned_null_text,
       as_tokens=self.model.text_encoder is not None,
     )
     if self.model.text_embed_dim is None:
-      del text["text_embed"]
+      text.pop("text_embed", None)
     return text
 
   def loss(
@@ -143,19 +173,17 @@ class Task:
       rng, 5
     )
     x_start = batch["image"]
-    condition = {"image_embed": self._image_embed(frozen, batch)}
-    text_drop = None
+    condition, image_drop, text_drop = {}, None, None
     if train:
       rows = x_start.shape[:1]
-      condition["image_embed_drop"] = draws.bernoulli(
-        image_rng, self.image_embed_drop_prob, rows
-      )
+      image_drop = draws.bernoulli(image_rng, self.image_embed_drop_prob, rows)
       text_drop = draws.bernoulli(text_rng, self.text_drop_prob, rows)
       if self.model.inpainting:
         condition["known"] = x_start
         condition["is_known"] = draw_is_known(
           known_rng, x_start.shape, self.known_prob
         )
+    condition |= self._image(frozen, batch, image_drop)
     condition |= self._text(frozen, batch, text_drop)
 
     def denoise(
@@ -199,9 +227,9 @@ class Task:
   ) -> dict[str, jax.Array]:
     """Draws `image` [B, S, S, 3] in [-1, 1].
 
-    The batch gives `text_tokens`, `text_mask`, and either `image_embed`
-    [B, D] in the CLIP's own space or `clip_image`. The timestep-independent
-    work (keys and values of the context) runs once.
+    The batch gives `text_tokens`, `text_mask`, and for a network that takes it
+    either `image_embed` [B, D] in the CLIP's own space or `clip_image`. The
+    timestep-independent work (keys and values of the context) runs once.
 
     Args:
       text_guidance_scale: guides the text by its own scale, and
@@ -321,8 +349,8 @@ class Task:
 
     Where neither is kept all rows are equal: one is computed and repeated.
     """
-    image_embed = self._image_embed(frozen, batch)
-    B = len(image_embed)
+    image = self._image(frozen, batch)
+    B = len(batch["text_tokens"])
     parts = []
     for image_embed_kept, text_kept in kept:
       rows = B if image_embed_kept or text_kept else 1
@@ -331,10 +359,12 @@ class Task:
       else:
         first = priors.first_row(batch)
         text = _to_rows(rows, self._text(frozen, first, jnp.ones(1, bool)))
+      given = {name: x[:rows] for name, x in image.items()}
+      if given:
+        given["image_embed_drop"] = jnp.full(rows, not image_embed_kept)
       encoded = self.model.apply(
         variables,
-        image_embed=image_embed[:rows],
-        image_embed_drop=jnp.full(rows, not image_embed_kept),
+        **given,
         **text,
         method=self.model.encode_condition,
       )

@@ -3,7 +3,9 @@
 A U-Net without attention and without text sees the noised picture and the
 enlarged small one (Saharia et al. 2021, SR3). It is trained on crops of the
 target with a corrupted `low_res` (data/degradations.py) and, being fully
-convolutional, draws whole pictures.
+convolutional, draws whole pictures. One with a text encoder reads the caption
+too, as GLIDE's (Nichol et al. 2021, arXiv 2112.10741, section 4.1), and never
+an empty one: upsamplers draw without guidance.
 
 Karlo's draws the last step with other weights, tuned against a discriminator.
 They are the collection `last`, which training leaves as it is.
@@ -56,7 +58,11 @@ class Task:
     del frozen
     timesteps = jnp.zeros(batch["image"].shape[:1], jnp.int32)
     variables = self.model.init(
-      rng, batch["image"], timesteps, low_res=batch["low_res"]
+      rng,
+      batch["image"],
+      timesteps,
+      low_res=batch["low_res"],
+      **self._text(batch),
     )
     if self.separate_last_step:
       variables["last"] = jax.tree.map(jnp.copy, variables["params"])
@@ -67,6 +73,12 @@ class Task:
   ) -> dict[str, base.PyTree]:
     del frozen, batches
     return {}
+
+  def _text(self, batch: base.Batch) -> dict[str, jax.Array]:
+    """The captions, if the network reads them."""
+    if self.model.text_encoder is None:
+      return {}
+    return {name: batch[name] for name in ("text_tokens", "text_mask")}
 
   def loss(
     self,
@@ -89,6 +101,7 @@ class Task:
         x_t,
         timesteps,
         low_res=batch["low_res"],
+        **self._text(batch),
         train=train,
         rngs={"dropout": draws.first(dropout_rng)},
       )
@@ -114,6 +127,9 @@ class Task:
   ) -> dict[str, jax.Array]:
     """Draws `image` [B, scale * h, scale * w, 3] in [-1, 1] from `low_res`.
 
+    And from `text_tokens`, `text_mask` of the batch, where the network reads
+    them.
+
     Args:
       tile_size: pixels of a side of the drawn picture that the network sees at
         once, where memory is short (`_tiled`); None: all.
@@ -123,9 +139,11 @@ class Task:
     low_res = batch["low_res"]
     B, h, w, C = low_res.shape
     params, others = _split(variables)
-    # Without attention nothing but the picture conditions the network, so the
-    # context is empty and only the enlargement is independent of the timestep.
-    condition = self.model.apply(params, method=self.model.encode_condition)
+    # What is independent of the timestep: the enlargement, and the text if the
+    # network reads it.
+    condition = self.model.apply(
+      params, **self._text(batch), method=self.model.encode_condition
+    )
     last_timestep = schedules.step_placement(
       self.diffusion.num_timesteps, num_sample_steps, step_placement
     )[0]
@@ -186,7 +204,7 @@ class Task:
 
     def denoise_fn(x_t: jax.Array, timesteps: jax.Array) -> jax.Array:
       model_output, _ = self.model.apply(
-        params, x_t, timesteps, low_res=batch["low_res"]
+        params, x_t, timesteps, low_res=batch["low_res"], **self._text(batch)
       )
       return model_output
 
