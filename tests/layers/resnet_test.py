@@ -49,6 +49,26 @@ def test_new_block_only_resamples(inputs, resample, plain):
 
 
 @pytest.mark.parametrize("scale_shift_norm", [False, True])
+def test_without_an_embedding_a_block_is_one_whose_embedding_says_nothing(
+  inputs, scale_shift_norm
+):
+  x, emb = inputs
+  block = resnet.ResBlock(8, scale_shift_norm=scale_shift_norm)
+  params = random_variables.like(block.init, x, emb)["params"]
+  nothing = jax.tree.map(np.zeros_like, params["emb_proj"])
+  silent = {**params, "emb_proj": nothing}
+  without = {k: v for k, v in params.items() if k != "emb_proj"}
+  apply = jax.jit(block.apply)
+  np.testing.assert_allclose(
+    apply({"params": without}, x, None),
+    apply({"params": silent}, x, emb),
+    atol=1e-6,
+  )
+  names = random_variables.like(block.init, x, None)["params"].keys()
+  assert names == without.keys()
+
+
+@pytest.mark.parametrize("scale_shift_norm", [False, True])
 def test_every_example_depends_on_its_own_embedding(inputs, scale_shift_norm):
   x, emb = inputs
   block = resnet.ResBlock(12, scale_shift_norm=scale_shift_norm)
