@@ -233,3 +233,17 @@ def test_a_tokenizer_of_other_pictures_is_an_error():
   task = dataclasses.replace(TASKS["token"], upstream={"tokenizer": small})
   with pytest.raises(errors.UserError, match="pictures have 4 pixels"):
     mim.decode_tokens(task, FROZEN, jnp.zeros((1, P), jnp.int32))
+
+
+@pytest.mark.parametrize(
+  "config", ["mim.py:target=token", "completion.py:target=pixel"]
+)
+def test_the_other_target_of_a_config_can_be_trained(config):
+  """Traced and not compiled."""
+  config = config_lib.load(f"configs/baselines/{config},smoke")
+  run = trainer.setup(config, abstract=True)
+  assert set(trainer.build_evals(run)) == set(config.evals)
+  _, metrics = jax.eval_shape(run.train_step(), *trainer.step_shapes(run))
+  assert metrics["loss"].shape == ()
+  with pytest.raises(errors.UserError, match="target=sound is not one of"):
+    config_lib.load("configs/baselines/mim.py:target=sound")
