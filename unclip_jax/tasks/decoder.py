@@ -80,6 +80,11 @@ class Task:
         " image_embed_dim"
       )
 
+  @property
+  def direction(self) -> str | None:
+    """See base.StandaloneTask; None: it needs a CLIP, and most a prior."""
+    return None if "clip" in self.upstream else "text_to_image"
+
   @functools.cached_property
   def diffusion(self) -> process_lib.Process:
     return process_lib.Process(
