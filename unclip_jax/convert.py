@@ -1,4 +1,4 @@
-"""Turn run folders or public weights into models of ours, and back.
+r"""Turn run folders or public weights into models of ours, and back.
 
   unclip convert --from runs --src runs/emoji --out runs/emoji/model
   unclip convert --from lora --src runs/lora --out models/mine/decoder
@@ -7,7 +7,11 @@
   unclip convert --from clip-openai --src ViT-L-14.pt --out models/clip
   unclip convert --from open-clip --src DIR --out models/clip
   unclip convert --from inception --src weights.pth --out models/inception
+  unclip convert --from bert-hf --src DIR --out models/bert
+  unclip convert --from word-vectors --src glove.txt --out models/vectors \
+    --tokenizer runs/emoji/clip/assets
   unclip convert --to hf --src runs/emoji/clip --out DIR
+  unclip convert --to bert-hf --src models/bert --out DIR
   unclip convert --to diffusers --src models/karlo --out DIR
 
 runs: SRC holds a run folder for each part: clip, prior, decoder,
@@ -18,11 +22,12 @@ or it is, or holds as `captioner`, the run that writes captions.
 `--fit_variance prior` adds what Analytic-DPM, the paper's sampler of the prior,
 must know. lora: SRC is one run of adapters (configs/lora.py), and OUT the part
 of a model that they make of the one that they adapt; `--from runs` takes such
-runs too. karlo: the folder of diffusers, or that of the original files. The
-others are described in unclip_jax/interop/. A converted CLIP is
-what `--config.frozen.clip.path` takes, a converted Inception what `unclip
-evaluate --inception` does. Nothing is downloaded, and nothing that
-is in a file is run.
+runs too. word-vectors: a text file of GloVe's or word2vec's form; OUT is what
+`--config.init_from.path` of configs/baselines/cvae.py takes. karlo: the folder
+of diffusers, or that of the original files. The others are described in
+unclip_jax/interop/. A converted CLIP is what `--config.frozen.clip.path` takes,
+a converted Inception what `unclip evaluate --inception` does. Nothing is
+downloaded, and nothing that is in a file is run.
 """
 
 from __future__ import annotations
@@ -43,14 +48,19 @@ _READERS = {
   "clip-openai": "unclip_jax.interop.clip_openai",
   "open-clip": "unclip_jax.interop.open_clip",
   "inception": "unclip_jax.interop.inception",
+  "bert-hf": "unclip_jax.interop.bert_hf",
 }
 _WRITERS = {
   "diffusers": "unclip_jax.interop.karlo",
   "hf": "unclip_jax.interop.clip_hf",
+  "bert-hf": "unclip_jax.interop.bert_hf",
 }
 
 FROM = flags.DEFINE_enum(
-  "from", None, ["runs", "lora", *_READERS], "What SRC holds; default: runs."
+  "from",
+  None,
+  ["runs", "lora", "word-vectors", *_READERS],
+  "What SRC holds; default: runs.",
 )
 TO = flags.DEFINE_enum(
   "to", None, list(_WRITERS), "The way back: what OUT is to hold; SRC is ours."
@@ -61,6 +71,12 @@ IMAGE_ENCODER = flags.DEFINE_string(
   "image_encoder",
   None,
   "Of karlo: folder of the vision tower (CLIPVisionModelWithProjection).",
+)
+TOKENIZER = flags.DEFINE_string(
+  "tokenizer",
+  None,
+  "Of word-vectors: the tokenizer whose tokens get them, such as the assets"
+  " folder of a run.",
 )
 FIT_VARIANCE = flags.DEFINE_multi_string(
   "fit_variance",
@@ -114,6 +130,8 @@ def main() -> None:
     raise errors.UserError(
       "--fit_variance is for models with a CLIP and a prior"
     )
+  if bool(TOKENIZER.value) != (FROM.value == "word-vectors"):
+    raise errors.UserError("--tokenizer goes with --from word-vectors")
   if os.path.realpath(src) == os.path.realpath(out):
     raise errors.UserError("SRC and OUT are one folder: write to another")
   if TO.value:
@@ -122,6 +140,9 @@ def main() -> None:
     karlo = config_lib.import_module(_READERS[FROM.value])
     names = karlo.convert_in(src, out, image_encoder=IMAGE_ENCODER.value)
     stages.write_index(out, names)
+  elif FROM.value == "word-vectors":
+    module = config_lib.import_module("unclip_jax.interop.word_vectors")
+    module.convert_in(src, out, tokenizer=TOKENIZER.value)
   elif FROM.value in _READERS:
     config_lib.import_module(_READERS[FROM.value]).convert_in(src, out)
   elif FROM.value == "lora":
