@@ -131,7 +131,9 @@ def main() -> None:
       "--fit_variance is for models with a CLIP and a prior"
     )
   if bool(TOKENIZER.value) != (FROM.value == "word-vectors"):
-    raise errors.UserError("--tokenizer goes with --from word-vectors")
+    raise errors.UserError(
+      "--tokenizer goes with --from word-vectors, and is needed there"
+    )
   if os.path.realpath(src) == os.path.realpath(out):
     raise errors.UserError("SRC and OUT are one folder: write to another")
   if TO.value:

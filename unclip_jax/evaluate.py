@@ -1,4 +1,4 @@
-"""Measure a trained model and write a report.
+r"""Measure a trained model and write a report.
 
   unclip evaluate --model runs/quickstart/model --out report.json
   unclip evaluate --model models/mine --out report.json --split validation \

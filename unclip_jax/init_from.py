@@ -1,4 +1,4 @@
-"""`config.init_from`: a fresh run that starts with arrays of a trained model.
+r"""`config.init_from`: a fresh run that starts with arrays of a trained model.
 
 Which ones is said by a regex over their names in model.safetensors:
 "params.conv_in.kernel", "tables.embedding_space.mean". What is selected must

@@ -1,4 +1,4 @@
-"""Draw pictures from prompts, or caption pictures, with a trained model.
+r"""Draw pictures from prompts, or caption pictures, with a trained model.
 
   unclip sample --model runs/quickstart/model --prompt "a frog" --out out
   unclip sample --model DIR --prompts prompts.txt --num_images 4 --out out

@@ -1,4 +1,4 @@
-"""Train the model that a config describes; the same command resumes it.
+r"""Train the model that a config describes; the same command resumes it.
 
   unclip train --config configs/emoji/clip.py --workdir runs/clip
   unclip train --config configs/emoji/clip.py:smoke --workdir /tmp/smoke
