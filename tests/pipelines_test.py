@@ -132,3 +132,17 @@ def test_a_trained_run_saved_loaded_and_drawn_from(pipe, tmp_path, run_python):
   assert rows[0]["options"]["prior"]["dot_quantile"] == 0.5
   failed = run_python(*command, f"--out={out}", "--prior_steps=4", check=False)
   assert failed.returncode == 2 and "prior_steps" in failed.stderr
+
+
+def test_a_decoder_that_drops_the_embedding_needs_no_prior(pipe):
+  parts = {k: v for k, v in pipe.parts.items() if k in ("clip", "decoder")}
+  decoder = parts["decoder"]
+  options = {**decoder.task.sample_options, "use_image_embed": False}
+  task = dataclasses.replace(decoder.task, sample_options=options)
+  parts["decoder"] = decoder._replace(task=task)
+  alone = pipelines.UnCLIPPipeline(parts)
+  drawn = alone(["a ring"], output_type="np").images
+  given = {**alone.tokenize(["a ring"]), "image_embed": np.ones((1, 16))}
+  again = alone.draw(given, {"decoder": {}}).images
+  np.testing.assert_array_equal(drawn, again)
+  assert drawn.std() > 0

@@ -303,7 +303,9 @@ class UnCLIPPipeline(stages.Stages):
       UserError: there is neither.
     """
     if "prior" not in options and "image_embed" not in batch:
-      if not self._reads_text:
+      own = self.options("decoder", options["decoder"])
+      # A decoder that drops the embedding does not care which it is.
+      if not self._reads_text and own.get("use_image_embed", True):
         raise errors.UserError(
           "this model has no prior, so it draws no prompts: give it pictures "
           "(variations, interpolate, ...), or add the prior to its folder"

@@ -10,6 +10,7 @@ guidance costs unCLIP less diversity; binding is its weakness).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from unclip_jax.evaluators import scenes
 from unclip_jax.protocols import base, diversity
@@ -24,6 +25,8 @@ class Protocol:
   num_prompts, num_repeats: captions of the first split of which more
     pictures are drawn, for the spread.
   num_grid: examples shown.
+  use_image_embed: False takes the embedding, and so the prior, from the
+    decoder, which then has the caption alone (section 5.1).
   """
 
   splits: tuple[str, ...] = ("validation", "unseen_pairs", "unseen_bindings")
@@ -32,6 +35,7 @@ class Protocol:
   num_prompts: int = 50
   num_repeats: int = 8
   num_grid: int = 16
+  use_image_embed: bool = True
 
   def run(self, subject: base.Subject) -> base.Result:
     """A row for every split and scale: all scores with their chance levels,
@@ -40,7 +44,9 @@ class Protocol:
     grids = {}
     evaluator = scenes.Evaluator(self.num_images, num_grid=self.num_grid)
     for scale in self.guidance_scales:
-      options = dict(guidance_scale=scale)
+      options: dict[str, Any] = dict(guidance_scale=scale)
+      if not self.use_image_embed:
+        options["use_image_embed"] = False
       for split in self.splits:
         found = dict(
           evaluator.run(
