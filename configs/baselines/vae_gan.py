@@ -6,7 +6,7 @@
 Larsen et al. 2016 (arXiv 1512.09300) with VQGAN's convolutions, discriminator
 and adaptive weight (Esser et al. 2021), conditioned on a caption as a
 conditional VAE is (unclip_jax/tasks/vae_gan.py). The discriminator sets in
-after 3,000 steps. A BERT of transformers, converted, reads the captions frozen
+after 2,000 steps. A BERT of transformers, converted, reads the captions frozen
 in place of the encoder trained here, with a tokenizer and a width of its own:
 
   --config.frozen="{'text': {'path': 'models/bert'}}" \
@@ -59,6 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       )
     },
   )
+  config.num_steps = 5000
   config.evals = common.diffusion_evals(("true", "drawn"))
 
   if arg.smoke:

@@ -4,7 +4,7 @@
     --workdir runs/baselines/vqgan
 
 It reconstructs and draws nothing by itself: a transformer is trained over its
-codes. The discriminator sets in after 3,000 steps. With `bottleneck="kl"` it is
+codes. The discriminator sets in after 2,000 steps. With `bottleneck="kl"` it is
 the first stage of latent diffusion (Rombach et al. 2021, arXiv 2112.10752):
 
   --config.model.bottleneck=kl --config.model.code_dim=4
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       adversarial="hinge",
       adversarial_weight=0.8,
       adaptive=True,
-      start_step=3000,
+      start_step=2000,
     ),
     commitment_weight=0.25,
     kl_weight=0.01,  # of bottleneck="kl"
@@ -52,13 +52,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     bottleneck="vq",
     num_codes=512,
     code_dim=64,
-    channels=48,
+    channels=32,
     channel_mult=(1, 2, 4),
     num_res_blocks=1,
     num_heads=4,
     decay=0.99,
     restart_below=0.03,  # of the average code's use
-    discriminator_channels=48,
+    discriminator_channels=32,
     discriminator_layers=2,  # a logit sees 34 pixels
     dropout=0.0,
   )

@@ -91,6 +91,7 @@ def test_dead_codes_become_outputs_of_the_batch_and_live_ones_stay():
   dead = np.asarray([False, False, False, True, False, True])
   np.testing.assert_array_equal(after.codes[~dead], plain.codes[~dead])
   np.testing.assert_array_equal(after.counts[~dead], plain.counts[~dead])
+  np.testing.assert_allclose(after.codes[~dead], CODES[~dead], atol=0.05)
   np.testing.assert_array_equal(after.counts[dead], [1.0, 1.0])
   np.testing.assert_array_equal(after.sums[dead], after.codes[dead])
   found = np.asarray(after.codes)[dead]
