@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import linear, norms, recurrent, resnet
+from unclip_jax.layers import linear, norms, recurrent, resnet, transposed
 from unclip_jax.utils import errors
 
 # Beyond these, exp is of no use: variances of e^-10 and e^10.
@@ -130,11 +130,8 @@ class Decoder(nn.Module):
       x = resnet.ResBlock(x.shape[-1], dtype=self.dtype, name=f"block_{level}")(
         x, emb
       )
-      x = nn.ConvTranspose(
+      x = transposed.ConvTranspose(
         self.channels * self.channel_mult[max(level - 1, 0)],
-        kernel_size=(4, 4),  # a multiple of the stride: no checkerboard
-        strides=(2, 2),
-        kernel_init=linear.lecun_normal,
         dtype=self.dtype,
         name=f"up_{level}",
       )(x)
