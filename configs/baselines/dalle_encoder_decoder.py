@@ -22,8 +22,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   del config.task.text_loss_weight  # text is not modelled
   config.model_name = "unclip_jax.models.token_encoder_decoder"
   model = config.model
-  # A decoder's block has a third more parameters than another: together about
-  # as many as there.
+  # A block with cross-attention has 4/3 of another's parameters: together the
+  # blocks have as many as there.
   config.model = dict(
     vocab_size=model.vocab_size,
     context_length=model.context_length,
@@ -31,8 +31,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     grid_size=model.grid_size,
     image_size=model.image_size,
     width=model.width,
-    encoder_depth=model.depth // 4,
-    depth=model.depth * 5 // 8,
+    encoder_depth=model.depth // 3,
+    depth=model.depth // 2,
     num_heads=model.num_heads,
     direction="text_to_image",
     dropout=model.dropout,

@@ -27,10 +27,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.task = dict(
     # 6.6 in the paper, where a code stands for 192 values and not for 48.
     kl_weight=1.0,
-    kl_steps=1000,
+    kl_steps=500,
     start_temperature=1.0,
     end_temperature=1 / 16,
-    temperature_steps=4000,
+    temperature_steps=2500,
     min_log_scale=-4.0,  # backgrounds are exactly white
   )
   config.model_name = "unclip_jax.models.dvae"
@@ -41,10 +41,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     channel_mult=(1, 2, 4),
     num_res_blocks=2,
     codebook_width=128,
-    out_channels=6,
   )
 
-  config.num_steps = 6000
+  config.num_steps = 3500  # of 1 s of one core each
   config.batch_size = 32
   config.ema_decay = 0.999  # as the paper, like what follows
   config.optim.learning_rate = 1e-3  # 1e-4 there, for a hundred times as long

@@ -14,6 +14,7 @@ from unclip_jax import trainer
 from unclip_jax.losses import reconstruction
 from unclip_jax.models import dvae as dvae_model
 from unclip_jax.tasks import dvae
+from unclip_jax.utils import errors
 
 V, B = 6, 4
 MODEL = dvae_model.Model(
@@ -85,7 +86,7 @@ def test_schedules_are_half_cosines():
   assert [at(0), at(10), at(99)] == pytest.approx([1, 0.0625, 0.0625])
   assert at(5) == pytest.approx((1 + 0.0625) / 2)
   assert 1 - at(1) < 0.03 < at(4) - at(5)  # slow, then fast
-  assert float(dvae.cosine(jnp.int32(0), 0, 0.0, 3.0)) == 0
+  assert float(dvae.cosine(jnp.int32(0), 0, 0.0, 3.0)) == 3
 
 
 def test_the_step_moves_temperature_and_kl_weight(variables):
@@ -156,6 +157,11 @@ def test_the_lowest_scale_is_approached_and_never_passed(variables):
   np.testing.assert_array_equal(mean, same_mean)
   np.testing.assert_allclose(log_scale, -4 + np.log1p(np.exp(free + 4)), 1e-5)
   assert np.all(log_scale > -4)
+
+
+def test_a_temperature_of_0_is_an_error():
+  with pytest.raises(errors.UserError, match="must be above 0"):
+    dvae.Task(MODEL, {}, end_temperature=0.0)
 
 
 def test_microbatches_draw_and_lose_the_same(variables):

@@ -306,6 +306,8 @@ def test_networks_that_do_not_fit_the_tokenizer_are_errors():
     dataclasses.replace(task, upstream={})
   with pytest.raises(errors.UserError, match=r"num_codes is 9, but .* is 4"):
     dataclasses.replace(task, model=task.model.clone(num_codes=9))
+  with pytest.raises(errors.UserError, match=r"text_loss_weight 7 must be in"):
+    dataclasses.replace(task, text_loss_weight=7)
   larger = dataclasses.replace(task, model=task.model.clone(image_size=8))
   with pytest.raises(errors.UserError, match=r"image_size is 8, but .* 4 pix"):
     jax.eval_shape(

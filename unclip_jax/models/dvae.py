@@ -28,6 +28,8 @@ from unclip_jax.layers import linear, resnet
 from unclip_jax.layers import remat as remat_lib
 from unclip_jax.utils import axes, errors
 
+_OUT_CHANNELS = 6  # mean and log scale of three colours
+
 
 class Bottleneck(nn.Module):
   """x + gain * branch(x), a branch of four convolutions, a ReLU before each.
@@ -76,7 +78,6 @@ class Model(nn.Module):
       sides are halved.
     num_res_blocks: blocks of a group.
     codebook_width: of what a code becomes in the decoder.
-    out_channels: of the decoder: 6, mean and log scale of three colours.
     remat: what the backward pass keeps of each block (layers/remat.py).
     dtype: compute dtype; parameters are float32.
   """
@@ -87,7 +88,6 @@ class Model(nn.Module):
   channel_mult: tuple[int, ...] = (1, 2, 4, 8)
   num_res_blocks: int = 2
   codebook_width: int = 128
-  out_channels: int = 6
   remat: bool | str = False
   dtype: DTypeLike = jnp.float32
 
@@ -114,7 +114,7 @@ class Model(nn.Module):
     self.encoder_out = linear.Dense(self.num_codes)
     self.codebook = linear.Dense(self.codebook_width)
     self.decoder_block = self._groups(widths[::-1], (1, 3, 3, 3))
-    self.decoder_out = conv(self.out_channels, (1, 1))
+    self.decoder_out = conv(_OUT_CHANNELS, (1, 1))
 
   def _groups(
     self, widths: list[int], kernels: tuple[int, int, int, int]
@@ -150,7 +150,7 @@ class Model(nn.Module):
     return self.encoder_out(nn.relu(x).astype(jnp.float32))
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    """[B, h, w, V], rows that sum to 1 -> [B, S, S, out_channels] float32."""
+    """[B, h, w, V], rows that sum to 1 -> [B, S, S, 6] float32."""
     x = self.codebook(codes).astype(self.dtype)
     for i, group in enumerate(self.decoder_block):
       if i:

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from unclip_jax.diffusion import draws
 from unclip_jax.losses import reconstruction
 from unclip_jax.tasks import base
+from unclip_jax.utils import errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,13 @@ class Task:
   min_log_scale: float | None = None
 
   batch_coupled = False
+
+  def __post_init__(self) -> None:
+    if min(self.start_temperature, self.end_temperature) <= 0:
+      raise errors.UserError(
+        "config.task.start_temperature and end_temperature must be above 0: "
+        "1/16 is all but discrete"
+      )
 
   @property
   def num_codes(self) -> int:
@@ -246,5 +254,5 @@ def cosine(
   step: jax.Array, num_steps: int, start: float, end: float
 ) -> jax.Array:
   """From `start` to `end` along half a cosine in num_steps, and `end` after."""
-  done = jnp.clip(step / max(num_steps, 1), 0.0, 1.0)
+  done = jnp.clip(step / num_steps, 0.0, 1.0) if num_steps else 1.0
   return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))

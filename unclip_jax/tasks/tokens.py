@@ -75,6 +75,11 @@ class Task:
           f"config.model.{name} is {own}, but that of the tokenizer is {given}:"
           " set it to that"
         )
+    for name in ("text_drop_prob", "text_loss_weight"):
+      if not 0.0 <= getattr(self, name) <= 1.0:
+        raise errors.UserError(
+          f"config.task.{name} {getattr(self, name)} must be in [0, 1]"
+        )
 
   @property
   def direction(self) -> str:
