@@ -14,7 +14,7 @@ from PIL import Image
 from notebooks import common
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-QUICKSTART, *OTHERS = sorted(ROOT.glob("notebooks/*.ipynb"))
+QUICKSTART, *OTHERS, FAMILIES = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 
 def run(path, environment):
@@ -65,6 +65,7 @@ def families(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_families_are_compared(families):
   report = json.loads((families / "families.json").read_text())
   (row,) = report["rows"]
@@ -86,16 +87,17 @@ def test_quickstart_runs(models):
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
-def test_notebook_runs(path, models, families):
-  environment = {
-    "UNCLIP_NOTEBOOK_MODELS": models,
-    "UNCLIP_NOTEBOOK_FAMILIES": str(families),
-  }
-  run(path, environment)
+def test_notebook_runs(path, models):
+  run(path, {"UNCLIP_NOTEBOOK_MODELS": models})
+
+
+@pytest.mark.slow
+def test_notebook_of_families_runs(families):
+  run(FAMILIES, {"UNCLIP_NOTEBOOK_FAMILIES": str(families)})
 
 
 @pytest.mark.parametrize(
-  "path", [QUICKSTART, *OTHERS], ids=lambda path: path.stem
+  "path", [QUICKSTART, *OTHERS, FAMILIES], ids=lambda path: path.stem
 )
 def test_notebook_is_its_source_without_outputs(path):
   notebook = nbformat.read(path, as_version=4)
