@@ -25,7 +25,8 @@ PROGRAM = textwrap.dedent(
   assert len(jax.devices()) == 8
   results = {}
   for case, changes in cases.items():
-    config = config_lib.load(f"configs/emoji/{name}.py:smoke")
+    path = name if "/" in name else f"emoji/{name}"
+    config = config_lib.load(f"configs/{path}.py:smoke")
     config_lib.apply_overrides(config, {"optim.name": "sgd"})
     with config.unlocked():
       config.optim.learning_rate = 0.1
@@ -101,6 +102,12 @@ CACHED = dict(batch_size=16, num_microbatches=2)
 ONE_LEVEL = dict(model=dict(channel_mult=[1], attention_resolutions=[16]))
 # Two replicas a device.
 SAM = dict(batch_size=32, optim=dict(sam_rho=0.1, sam_replica_batch=2))
+# A step of norm 0.01 for each player; a derivative of a derivative compiles
+# long.
+PLAYERS = dict(
+  optim=dict(learning_rate=0.01, clip_norm=1.0, groups=[["^discr", {}]]),
+  task=dict(gradient_penalty_weight=0.0, r1_weight=0.0),
+)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +120,13 @@ SAM = dict(batch_size=32, optim=dict(sam_rho=0.1, sam_replica_batch=2))
     ("prior_ar", {}, ("one", "tensor")),
     ("decoder", ONE_LEVEL, FEW),
     ("upsampler", {}, FEW),
+    ("baselines/gan", PLAYERS, ("one", "hybrid")),
     pytest.param("decoder", {}, tuple(CASES), marks=SLOW),
     pytest.param("upsampler", {}, tuple(CASES), marks=SLOW),
   ],
   ids=[
     *("clip", "clip-cached", "clip-sam"),
-    *("prior", "prior_ar", "decoder", "upsampler"),
+    *("prior", "prior_ar", "decoder", "upsampler", "gan"),
     *("decoder-all", "upsampler-all"),
   ],
 )

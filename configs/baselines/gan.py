@@ -3,7 +3,7 @@
   unclip train --config configs/baselines/gan.py --workdir runs/baselines/gan
 
 The networks are those of Miyato & Koyama 2018 (arXiv 1802.05637), trained in
-the manner of StyleGAN2 (non-saturating loss, lazy R1) with differentiable
+the manner of StyleGAN2 (non-saturating loss, R1) with differentiable
 augmentation (Zhao et al. 2020, arXiv 2006.10738), since the pictures are few.
 Other losses are fields:
 
@@ -33,13 +33,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = config_lib.parse_arg(arg, smoke=False)
   config = common.base()
   config.name = "gan"
-  config.data = data.emoji(quick=False, smoke=arg.smoke, image_size=32)
+  size = 8 if arg.smoke else 32
+  config.data = data.emoji(quick=False, smoke=arg.smoke, image_size=size)
 
   config.task_name = "unclip_jax.tasks.gan"
   config.task = dict(
     loss_type="nonsaturating",
     r1_weight=0.1,
-    r1_every=4,
+    r1_every=1,  # more on accelerators
     gradient_penalty_weight=0.0,
     wrong_captions=True,
     caption_kl_weight=1.0,
@@ -55,7 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   config.model_name = "unclip_jax.models.gan"
   config.model = dict(
-    image_size=32,
+    image_size=size,
     vocab_size=data.VOCAB_SIZE,
     context_length=data.CONTEXT_LENGTH,
     latent_dim=64,
@@ -83,8 +84,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.evals = common.diffusion_evals(("true", "drawn"))
 
   if arg.smoke:
-    config.model.generator_channels = (16, 16, 8, 8)
-    config.model.discriminator_channels = (8, 8, 16, 16)
+    config.model.generator_channels = (16, 8)
+    config.model.discriminator_channels = (8, 16)
     config.model.text_width = config.model.caption_dim = 16
     config.model.text_depth = 1
     config.model.text_num_heads = 2

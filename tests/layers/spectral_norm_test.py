@@ -51,7 +51,7 @@ def test_a_normalised_kernel_has_sigma_1_whatever_its_scale():
 
 
 def test_the_derivative_is_that_of_the_source():
-  """Miyato et al., equation 12: dW' / dW = (dW - <dW, W'> u v^T) / sigma."""
+  """Miyato et al., section 2.3: by W it is (d - <d, W'> u v^T) / sigma."""
   kernel, weights = matrix((6, 5)), matrix((6, 5), seed=1)
 
   def total(kernel):

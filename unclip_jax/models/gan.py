@@ -3,7 +3,7 @@
 Reed et al. 2016 (arXiv 1605.05396) with the networks of later work:
 
   generator      z and the caption -> 4 x 4 -> residual blocks that double the
-                 picture (Miyato & Koyama 2018, arXiv 1802.05637, figure 14);
+                 picture (Miyato & Koyama 2018, arXiv 1802.05637, appendix);
                  every norm is scaled and shifted by (z, caption)
   discriminator  residual blocks that halve it, no norm, the sum over places,
                  and projection: D(x, c) = psi(phi(x)) + <V c, phi(x)> (ibid.,

@@ -52,7 +52,8 @@ class Task:
     r1_weight: gamma of Mescheder et al. 2018, of which half is multiplied with
       the squared norm; 0 = off.
     r1_every: R1 is computed in every so many-th step, so many times as strong
-      (Karras et al. 2020, arXiv 1912.04958, section 4).
+      (Karras et al. 2020, arXiv 1912.04958, section 3.1). On CPU that costs
+      more than it saves: there convolutions are slow inside of a condition.
     wrong_captions: true pictures with wrong captions count as fake.
     caption_kl_weight: read with config.model.caption_augmentation.
     clip_weight: of 1 - cosine, by the upstream `clip`; 0 = off.
