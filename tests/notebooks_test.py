@@ -73,8 +73,8 @@ def test_families_are_compared(families):
   assert row["parameters"] > 0 and row["seconds"] > 0
   assert row["chance_r1"] == 1 / 20
   with Image.open(families / "families.png") as sheet:
-    # The true pictures and one row of drawn ones, 32 px doubled.
-    assert sheet.height == 2 * 2 * (32 + 4)
+    # The true pictures and one row of drawn ones, 8 px doubled.
+    assert sheet.height == 2 * 2 * (8 + 4)
 
 
 def test_quickstart_runs(models):
