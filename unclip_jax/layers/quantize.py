@@ -14,7 +14,8 @@ outputs that it was nearest to (appendix A.1, equations 6 to 8),
 A code that is hardly used (N_k below a threshold) dies: it is replaced by a
 random output of the batch, N_k = 1 and m_k = e_k, as in Jukebox (Dhariwal et
 al. 2020, arXiv 2005.00341, appendix B.1, "random restarts"). N_k starts at 0,
-so that after the first batch every code is one of its outputs.
+so that the first batch replaces all codes: those that many outputs are nearest
+to by their mean, the others by one output each.
 
 Units: n_k is V times the share of the outputs, so that 1 is the average code's,
 whatever the size of a batch, and the threshold needs no other number.
