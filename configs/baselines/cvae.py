@@ -70,14 +70,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     word_width=100,  # as the smaller of GloVe's
     text_width=256,
     cell=arg.cell,
-    channels=64,
+    channels=48,
     channel_mult=(1, 2, 4),  # 32 -> 16 -> 8 -> 4 px
     text_prior=True,
     init_stddev=0.5,
   )
 
   config.num_steps = num_steps
-  config.batch_size = 64
+  config.batch_size = 32
   config.ema_decay = 0.999
   config.optim.learning_rate = 1e-3 if objective == "text" else 5e-4
   config.optim.rules = ((frozen, "freeze"),)

@@ -45,11 +45,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     image_size=32,
     patch_size=4,
     width=192,
-    depth=8,
+    depth=6,
     num_heads=6,
     num_codes=None,
     inputs="image",
-    channels=48,
+    channels=24,
     attention_resolutions=(16,),
     dropout=0.0,
   )

@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     vocab_size=data.VOCAB_SIZE,
     context_length=data.CONTEXT_LENGTH,
     text_width=16 if arg.smoke else 192,
-    text_depth=1 if arg.smoke else 4,
+    text_depth=1 if arg.smoke else 2,
     text_num_heads=2 if arg.smoke else 6,
     dropout=0.1,
   )
