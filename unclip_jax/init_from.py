@@ -97,7 +97,7 @@ class InitFrom:
   ) -> np.ndarray:
     """The array, with zeros where `grown` says that there may be any."""
     for regex, axis, parts in self.grown:
-      if not re.search(regex, name) or len(shape) != array.ndim:
+      if not re.search(regex, name) or not -1 < axis < array.ndim == len(shape):
         continue
       old, new = array.shape[axis], shape[axis]
       if old < new and old % parts == 0 and new % parts == 0:
