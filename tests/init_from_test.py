@@ -28,7 +28,7 @@ def start(workdir, config):
   workdir.mkdir(exist_ok=True)
   run = trainer.setup(config)
   checkpointer = checkpoints.Checkpointer(workdir / "checkpoints")
-  state, tables = trainer._start(run, str(workdir), checkpointer)
+  state, tables, _ = trainer._start(run, str(workdir), checkpointer)
   variables = {"params": state.params, **state.model_state, "tables": tables}
   return state, jax.device_get(trees.flatten(variables))
 
