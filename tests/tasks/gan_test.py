@@ -158,9 +158,8 @@ FULL = dict(
 def test_microbatches_give_the_gradient_of_the_whole_batch(variables):
   """But for whose wrong caption it is, which each part has of its own."""
   task = make(
-    dict(spectral_norm_iterations=2, caption_augmentation=True),
+    dict(caption_augmentation=True),
     wrong_captions=False,
-    gradient_penalty_weight=1.0,
     augmentation=AUGMENTATION,
   )
 
