@@ -110,14 +110,6 @@ def run_folders(src: str) -> dict[str, str]:
   return folders | stages.upsampler_folders(src)
 
 
-def _single(src: str) -> str | None:
-  """The run folder that SRC is, or holds, that draws or captions by itself."""
-  for name in ("", "generator", "captioner"):
-    if os.path.exists(os.path.join(src, name, "config.json")):
-      return os.path.join(src, name)
-  return None
-
-
 def main() -> None:
   src, out = SRC.value, OUT.value
   if TO.value and FROM.value:
@@ -126,7 +118,7 @@ def main() -> None:
     raise errors.UserError("--image_encoder goes with --from karlo")
   if FIT_VARIANCE.value and (TO.value or FROM.value not in (None, "runs")):
     raise errors.UserError("--fit_variance goes with --from runs")
-  if FIT_VARIANCE.value and _single(src):
+  if FIT_VARIANCE.value and stages.standalone_run(src):
     raise errors.UserError(
       "--fit_variance is for models with a CLIP and a prior"
     )
@@ -149,8 +141,8 @@ def main() -> None:
     config_lib.import_module(_READERS[FROM.value]).convert_in(src, out)
   elif FROM.value == "lora":
     stages.save_part(inference.load(src), out)
-  elif _single(src):
-    pipelines.kind_of_run(_single(src)).from_runs(src).save_pretrained(out)
+  elif stages.standalone_run(src):
+    pipelines.load_runs(src).save_pretrained(out)
   else:
     pipe = pipelines.UnCLIPPipeline.from_parts(run_folders(src))
     for name in FIT_VARIANCE.value:

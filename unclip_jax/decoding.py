@@ -101,8 +101,7 @@ def sample(
   def draw(logits: jax.Array, i: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     if is_guided:
-      cond, uncond = jnp.split(logits, 2)
-      logits = uncond + guidance_scale * (cond - uncond)
+      logits = guide(logits, guidance_scale)
     tokens = _draw(_fold_in(rng, i), logits, temperature, top_k, top_p)
     if known is not None:
       tokens = jnp.where(is_known[i], known[i], tokens)
@@ -222,6 +221,29 @@ def beam_search(
     body, (beams, logits, cache), jnp.arange(num_tokens - 1)
   )
   return extend(beams, logits, jnp.asarray(num_tokens - 1))[0]
+
+
+def guide(logits: jax.Array, scale: float) -> jax.Array:
+  """uncond + scale (cond - uncond) of [2B, ...], the conditional half first."""
+  cond, uncond = jnp.split(logits, 2)
+  return uncond + scale * (cond - uncond)
+
+
+def up_to_end(
+  tokens: jax.Array, end_token: int, pad_token: int = 0
+) -> tuple[jax.Array, jax.Array]:
+  """Texts cut behind their first end.
+
+  Args:
+    tokens: [B, L] int32, whose first is the begin, even if it is the same
+      token as the end.
+
+  Returns:
+    [B, L] int32, padded behind the end, and bool, True up to it.
+  """
+  is_end = (tokens == end_token).at[:, 0].set(False)
+  mask = jnp.cumsum(is_end, axis=1) - is_end == 0
+  return jnp.where(mask, tokens, pad_token), mask
 
 
 def _report(on_step: OnStep | None, num_tokens: int, tokens: jax.Array) -> None:

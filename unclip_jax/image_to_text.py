@@ -50,18 +50,6 @@ class ImageToTextPipeline(stages.Stages):
       )
     self.tokenizer = tokenizers.load(self.parts["captioner"].assets_dir or "")
 
-  @classmethod
-  def from_runs(cls, src: str, **options: Any) -> ImageToTextPipeline:
-    """Loads a run folder, or a folder that holds one as `captioner`.
-
-    Args:
-      **options: of `from_parts`.
-
-    Raises:
-      UserError: a folder is missing, or two upstream models have one name.
-    """
-    return cls.from_parts(stages.run_folders(src, cls.first), **options)
-
   @property
   def stages(self) -> list[str]:
     """The captioner."""

@@ -352,16 +352,11 @@ def _multipliers(optim: Optim, params: PyTree) -> PyTree:
   Raises:
     UserError: a rule that no parameter has.
   """
-  _check_found("rules", optim.rules, params)
-
-  def multiplier(path: tuple[Any, ...], _: jax.Array) -> float | str:
-    name = ".".join(trees.path_names(path))
-    for pattern, action in optim.rules:
-      if re.search(pattern, name):
-        return _FROZEN if action == "freeze" else float(action["lr_mult"])
-    return 1.0
-
-  return jax.tree_util.tree_map_with_path(multiplier, params)
+  factors = [
+    (pattern, _FROZEN if action == "freeze" else float(action["lr_mult"]))
+    for pattern, action in optim.rules
+  ]
+  return _by_name("rules", factors, 1.0, params)
 
 
 def _groups(optim: Optim, params: PyTree) -> PyTree:
@@ -370,22 +365,25 @@ def _groups(optim: Optim, params: PyTree) -> PyTree:
   Raises:
     UserError: a group that no parameter has.
   """
-  _check_found("groups", optim.groups, params)
-
-  def group(path: tuple[Any, ...], _: jax.Array) -> str:
-    name = ".".join(trees.path_names(path))
-    for i, (pattern, _) in enumerate(optim.groups):
-      if re.search(pattern, name):
-        return f"group_{i}"
-    return _TRAINED
-
-  return jax.tree_util.tree_map_with_path(group, params)
+  names = [
+    (pattern, f"group_{i}") for i, (pattern, _) in enumerate(optim.groups)
+  ]
+  return _by_name("groups", names, _TRAINED, params)
 
 
-def _check_found(
-  field: str, pairs: Sequence[tuple[str, Any]], params: PyTree
-) -> None:
-  """Raises UserError unless each regex is found in some parameter's name."""
+def _by_name(
+  field: str, pairs: Sequence[tuple[str, Any]], default: Any, params: PyTree
+) -> PyTree:
+  """For every parameter the value of the first regex found in its name.
+
+  Args:
+    field: of the config, for messages.
+    pairs: (regex, value).
+    default: where none is found.
+
+  Raises:
+    UserError: a regex is found in no name.
+  """
   names = list(trees.flatten(params))
   for pattern, _ in pairs:
     if not any(re.search(pattern, name) for name in names):
@@ -393,6 +391,12 @@ def _check_found(
         f"config.optim.{field}: no parameter has '{pattern}' in its name; "
         f"names look like '{names[0]}'"
       )
+
+  def value(path: tuple[Any, ...], _: jax.Array) -> Any:
+    name = ".".join(trees.path_names(path))
+    return next((x for regex, x in pairs if re.search(regex, name)), default)
+
+  return jax.tree_util.tree_map_with_path(value, params)
 
 
 def _scaled(optim: Optim, updates: PyTree) -> PyTree:

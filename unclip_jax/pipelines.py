@@ -376,15 +376,15 @@ def load(folder: str, **options: Any) -> stages.Stages:
   """The model of a folder, of whatever kind: what `unclip sample` runs.
 
   Args:
-    folder: a model folder; or one run that draws from captions, or writes
-      captions, by itself.
+    folder: a model folder; or what `load_runs` takes.
     **options: of `stages.Stages.from_parts`.
 
   Raises:
     UserError: there is no model in the folder, or one of an unknown kind.
   """
-  if os.path.exists(os.path.join(folder, "config.json")):
-    return kind_of_run(folder).from_runs(folder, **options)
+  is_model = os.path.exists(os.path.join(folder, stages.INDEX))
+  if not is_model and stages.standalone_run(folder):
+    return load_runs(folder, **options)
   name = stages.read_index(folder)["_class_name"]
   kinds = {
     kind.__name__: kind
@@ -397,24 +397,28 @@ def load(folder: str, **options: Any) -> stages.Stages:
   return kinds[name].from_pretrained(folder, **options)
 
 
-def kind_of_run(
-  folder: str,
-) -> type[TextToImagePipeline] | type[ImageToTextPipeline]:
-  """The pipeline of a run that draws, or writes captions, by itself.
+def load_runs(src: str, **options: Any) -> stages.Stages:
+  """The model of a run that draws, or writes captions, by itself.
+
+  Args:
+    src: of `stages.run_folders`.
+    **options: of `stages.Stages.from_parts`.
 
   Raises:
     UserError: it does neither: its task has no `direction`.
   """
-  task = upstream.load_model(folder, abstract=True).task
+  run = stages.standalone_run(src) or src
+  task = upstream.load_model(run, abstract=True).task
   direction = getattr(task, "direction", None)
   if direction is None:
     raise errors.UserError(
-      f"the run in '{folder}' draws nothing by itself: make a model of it and "
+      f"the run in '{run}' draws nothing by itself: make a model of it and "
       "its other stages (unclip convert --from runs)"
     )
+  kind: type[stages.Stages] = TextToImagePipeline
   if direction == "image_to_text":
-    return ImageToTextPipeline
-  return TextToImagePipeline
+    kind = ImageToTextPipeline
+  return kind.from_parts(stages.run_folders(src, kind.first), **options)
 
 
 def _counted(

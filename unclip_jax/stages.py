@@ -446,33 +446,42 @@ def read_index(folder: str) -> dict[str, Any]:
     return json.load(f)
 
 
+def standalone_run(src: str) -> str | None:
+  """The run in SRC that is of use by itself; None: there is none.
+
+  Args:
+    src: the run folder; or a folder that holds it as `generator` or
+      `captioner`.
+  """
+  for name in ("", "generator", "captioner"):
+    if os.path.exists(os.path.join(src, name, "config.json")):
+      return os.path.join(src, name) if name else src
+  return None
+
+
 def run_folders(src: str, first: str) -> dict[str, str]:
   """Part -> run folder; what another part reads stands before it.
 
   Args:
-    src: a run folder; or a folder that holds one, called `first`, and beside it
-      `upsampler_SIZE` and `clip` where wanted.
-    first: what the run is called that others do not read.
+    src: of `standalone_run`; beside a run in it there may be `upsampler_SIZE`
+      and a `clip`.
+    first: what the run that others do not read is called.
 
   Raises:
     UserError: there is no such run, or two upstream models have one name.
   """
-  if os.path.exists(os.path.join(src, "config.json")):
-    return {**_upstream_folders(src), first: src}
-  own = os.path.join(src, first)
-  if not os.path.isdir(own):
+  own = standalone_run(src)
+  if own is None:
     raise errors.UserError(
       f"'{src}' is neither a run folder nor holds one as '{first}'"
     )
   folders = _upstream_folders(own)
+  if own == src:
+    return {**folders, first: own}
   clip = os.path.join(src, "clip")
   if os.path.isdir(clip):
     folders.setdefault("clip", clip)
-  return {
-    **folders,
-    first: own,
-    **upsampler_folders(src),
-  }
+  return {**folders, first: own, **upsampler_folders(src)}
 
 
 def _upstream_folders(path: str) -> dict[str, str]:

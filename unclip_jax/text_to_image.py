@@ -51,20 +51,6 @@ class TextToImagePipeline(stages.Stages):
       )
     self.tokenizer = tokenizers.load(self.parts["generator"].assets_dir or "")
 
-  @classmethod
-  def from_runs(cls, src: str, **options: Any) -> TextToImagePipeline:
-    """Loads a run folder, or a folder of runs.
-
-    Args:
-      src: a run whose task draws from captions; or a folder that holds such a
-        run as `generator`, beside it `upsampler_SIZE` and `clip` where wanted.
-      **options: of `from_parts`.
-
-    Raises:
-      UserError: a folder is missing, or two upstream models have one name.
-    """
-    return cls.from_parts(stages.run_folders(src, cls.first), **options)
-
   @property
   def stages(self) -> list[str]:
     """What draws, in its order: the generator, the upsamplers."""

@@ -18,7 +18,7 @@ from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
 
 from unclip_jax.layers import attention, linear, norms, transformer
-from unclip_jax.utils import axes, errors
+from unclip_jax.utils import axes
 
 
 def weights(
@@ -72,11 +72,7 @@ class Attention(nn.Module):
     Raises:
       UserError: the heads do not divide the width.
     """
-    if self.num_heads < 1 or self.width % self.num_heads:
-      raise errors.UserError(
-        f"attention width {self.width} is not a multiple of "
-        f"{self.num_heads} heads: change the width or the number of heads"
-      )
+    attention.check_heads(self.width, self.num_heads)
     context = x if context is None else context
     dense = functools.partial(linear.Dense, self.width, dtype=self.dtype)
     query = self._split_heads(dense(name="query")(x))

@@ -17,6 +17,15 @@ from unclip_jax.layers import linear
 from unclip_jax.utils import errors
 
 
+def check_length(length: int, context_length: int) -> None:
+  """Raises UserError where a text is longer than a text encoder's context."""
+  if context_length < length:
+    raise errors.UserError(
+      f"this text encoder takes at most {context_length} tokens, not {length}: "
+      "set the tokenizer's context_length to that of the model"
+    )
+
+
 def sinusoidal(
   timesteps: jax.Array, dim: int, max_period: float = 10_000.0
 ) -> jax.Array:

@@ -59,11 +59,7 @@ class TextEncoder(nn.Module):
         f"unknown recurrent cell {self.cell!r}: use one of {', '.join(_CELLS)}"
       )
     L = text_tokens.shape[1]
-    if self.context_length < L:
-      raise errors.UserError(
-        f"this text encoder takes at most {self.context_length} tokens, not "
-        f"{L}: set the tokenizer's context_length to that of the model"
-      )
+    embeddings.check_length(L, self.context_length)
     x = nn.Embed(
       self.vocab_size, self.word_width, dtype=self.dtype, name="token_embed"
     )(text_tokens)

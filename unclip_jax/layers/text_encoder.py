@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import norms, transformer
-from unclip_jax.utils import errors
+from unclip_jax.layers import embeddings, norms, transformer
 
 
 class TextEncoder(nn.Module):
@@ -62,11 +61,7 @@ class TextEncoder(nn.Module):
       UserError: L is more than context_length.
     """
     L = text_tokens.shape[1]
-    if self.context_length < L:
-      raise errors.UserError(
-        f"this text encoder takes at most {self.context_length} tokens, not "
-        f"{L}: set the tokenizer's context_length to that of the model"
-      )
+    embeddings.check_length(L, self.context_length)
     x = self.token_embed(text_tokens)
     x = x + self.position[:L].astype(x.dtype)
     x = jnp.where(text_mask[..., None], x, self.padding[:L].astype(x.dtype))

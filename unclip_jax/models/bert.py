@@ -20,8 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from unclip_jax.layers import attention_maps, linear, norms, transformer
-from unclip_jax.utils import axes, errors
+from unclip_jax.layers import (
+  attention_maps,
+  embeddings,
+  linear,
+  norms,
+  transformer,
+)
+from unclip_jax.utils import axes
 
 _EPSILON = 1e-12  # of the layer norms, in the released code and weights
 
@@ -83,11 +89,7 @@ class Encoder(nn.Module):
   ) -> tuple[jax.Array, dict[str, jax.Array | tuple[jax.Array, ...]]]:
     """As `Model.__call__`."""
     L = text_tokens.shape[1]
-    if self.context_length < L:
-      raise errors.UserError(
-        f"this text encoder takes at most {self.context_length} tokens, not"
-        f" {L}: set the tokenizer's context_length to that of the model"
-      )
+    embeddings.check_length(L, self.context_length)
     normal = nn.initializers.normal(0.02)
 
     def look_up(name: str, rows: int, indices: jax.Array) -> jax.Array:

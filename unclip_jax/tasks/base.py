@@ -205,6 +205,11 @@ def fit_x_start_mse(
   return jnp.asarray(process.x_start_mse(sums / counts), jnp.float32)
 
 
+def text(batch: Batch) -> dict[str, jax.Array]:
+  """`text_tokens` and `text_mask` of a batch, by name."""
+  return {name: batch[name] for name in ("text_tokens", "text_mask")}
+
+
 def loss_predict_fn(task: Task) -> PredictFn:
   """The evaluation loss as `{name: [B]}`, for the `mean` evaluator."""
 

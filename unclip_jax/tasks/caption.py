@@ -217,21 +217,13 @@ class Task:
     """
     end = jnp.full_like(begin, self.end_token)
     whole = jnp.concatenate([begin[:, None], tokens, end[:, None]], axis=1)
-    # The begin may be the same token as the end.
-    is_end = (whole == self.end_token).at[:, 0].set(False)
-    text_mask = jnp.cumsum(is_end, axis=1) - is_end == 0
-    return jnp.where(text_mask, whole, self.pad_token), text_mask
+    return decoding.up_to_end(whole, self.end_token, self.pad_token)
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
-    def sample(
-      variables: base.Variables,
-      frozen: base.Frozen,
-      batch: base.Batch,
-      rng: jax.Array,
-    ) -> dict[str, jax.Array]:
-      return self.sample(variables, frozen, batch, rng, **self.sample_options)
-
-    return {"loss": base.loss_predict_fn(self), "sample": sample}
+    return {
+      "loss": base.loss_predict_fn(self),
+      "sample": functools.partial(self.sample, **self.sample_options),
+    }
 
 
 def log_prob(

@@ -287,7 +287,7 @@ def caption(
       clip, clip_variables, batch
     )
   if as_tokens:
-    text |= {k: batch[k] for k in ("text_tokens", "text_mask")}
+    text |= base.text(batch)
   else:
     L = text_encodings.shape[1]
     text |= {

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from unclip_jax import decoding
 from unclip_jax.diffusion import draws
 from unclip_jax.models import mim as mim_model
-from unclip_jax.tasks import base, mim
+from unclip_jax.tasks import base, image_tokens, mim
 from unclip_jax.utils import errors
 
 
@@ -41,7 +41,7 @@ class Task:
 
   def __post_init__(self) -> None:
     if self._has_tokens:
-      mim.check_tokenizer(self)
+      image_tokens.check_tokenizer(self)
 
   @property
   def _has_tokens(self) -> bool:
@@ -137,7 +137,7 @@ class Task:
         is_known=is_known,
         on_step=on_step,
       )
-      image = mim.decode_tokens(self, frozen, tokens)
+      image = image_tokens.decode(self, frozen, tokens)
       output = {"image_tokens": tokens}
     else:
       parts = complete_patches(decode_fn, first, cache, parts, is_known)
@@ -150,7 +150,7 @@ class Task:
   def _parts(self, frozen: base.Frozen, batch: base.Batch) -> jax.Array:
     """Tokens [B, P] int32, or patches [B, P, patch_size^2 * 3]."""
     if self._has_tokens:
-      return mim.image_tokens(self, frozen, batch)
+      return image_tokens.encode(self, frozen, batch)
     return mim_model.to_patches(batch["image"], self.model.patch_size)
 
   def predict_fns(self) -> dict[str, base.PredictFn]:

@@ -34,7 +34,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion import draws
+from unclip_jax.diffusion import draws, gaussian
 from unclip_jax.losses import adversarial, diff_augment
 from unclip_jax.tasks import base
 from unclip_jax.tasks import clip as clip_task
@@ -112,7 +112,7 @@ class Task:
     self, rng: jax.Array, batch: base.Batch, frozen: base.Frozen
   ) -> base.Variables:
     del frozen
-    return self.model.init(rng, batch["image"], **_text(batch))
+    return self.model.init(rng, batch["image"], **base.text(batch))
 
   def prepare(
     self, frozen: base.Frozen, batches: Iterable[base.Batch]
@@ -190,7 +190,7 @@ class Task:
     return model.apply(
       {"params": {"generator": generator}},
       z,
-      **_text(batch),
+      **base.text(batch),
       caption_noise=caption_noise,
       method=model.generate,
     )
@@ -209,7 +209,7 @@ class Task:
   ) -> jax.Array:
     return self.model.apply(
       {"params": {"discriminator": discriminator}},
-      **_text(batch),
+      **base.text(batch),
       method=self.model.encode_text,
     )
 
@@ -367,15 +367,10 @@ class Task:
     return {"image": image}
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
-    def sample(
-      variables: base.Variables,
-      frozen: base.Frozen,
-      batch: base.Batch,
-      rng: jax.Array,
-    ) -> dict[str, jax.Array]:
-      return self.sample(variables, frozen, batch, rng, **self.sample_options)
-
-    return {"loss": base.loss_predict_fn(self), "sample": sample}
+    return {
+      "loss": base.loss_predict_fn(self),
+      "sample": functools.partial(self.sample, **self.sample_options),
+    }
 
 
 def next_row(x: jax.Array) -> jax.Array:
@@ -393,11 +388,7 @@ def next_row(x: jax.Array) -> jax.Array:
   return jnp.roll(x, -1, axis=0)
 
 
-def _text(batch: base.Batch) -> dict[str, jax.Array]:
-  return {k: batch[k] for k in ("text_tokens", "text_mask")}
-
-
 def _kl(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
   """KL(N(mean, variance) || N(0, I)) of [B, D], in nats: [B]."""
-  terms = jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1.0
-  return 0.5 * jnp.sum(terms, axis=-1)
+  zero = jnp.zeros(())
+  return gaussian.normal_kl(mean, log_variance, zero, zero).sum(axis=-1)

@@ -30,7 +30,7 @@ import numpy as np
 
 from unclip_jax import decoding
 from unclip_jax.diffusion import draws
-from unclip_jax.tasks import base, mim, priors
+from unclip_jax.tasks import base, image_tokens, mim, priors
 from unclip_jax.utils import errors
 
 # (tokens [B, P] int32, is_masked [B, P] bool) -> logits [B, P, V]
@@ -62,7 +62,7 @@ class Task:
         "this task needs a network of tokens with captions: set "
         "config.model.inputs to 'tokens', and vocab_size"
       )
-    mim.check_tokenizer(self)
+    image_tokens.check_tokenizer(self)
 
   def init(
     self, rng: jax.Array, batch: base.Batch, frozen: base.Frozen
@@ -95,7 +95,7 @@ class Task:
     """Nats per masked code (MaskGIT, equation 1)."""
     del step
     drop_rng, share_rng, mask_rng, dropout_rng = draws.split(rng, 4)
-    tokens = mim.image_tokens(self, frozen, batch)
+    tokens = image_tokens.encode(self, frozen, batch)
     B, P = tokens.shape
     u = draws.draw(jax.random.uniform, share_rng, (B, 1))
     num_masked = jnp.maximum(1, jnp.ceil(jnp.cos(0.5 * jnp.pi * u) * P))
@@ -148,7 +148,13 @@ class Task:
       UserError: an option out of its range.
     """
     is_guided = guidance_scale != 1.0
-    text = self._encode_text(variables, batch, is_guided)
+    text = priors.encode_rows(
+      functools.partial(
+        self.model.apply, variables, method=self.model.encode_text
+      ),
+      base.text(batch),
+      priors.null_row(batch) if is_guided else None,
+    )
 
     def logits_fn(tokens: jax.Array, is_masked: jax.Array) -> jax.Array:
       if is_guided:
@@ -158,10 +164,7 @@ class Task:
       logits = self.model.apply(
         variables, tokens, is_masked, text, method=self.model.predict
       )
-      if is_guided:
-        cond, uncond = jnp.split(logits, 2)
-        logits = uncond + guidance_scale * (cond - uncond)
-      return logits
+      return decoding.guide(logits, guidance_scale) if is_guided else logits
 
     shape = (len(batch["text_tokens"]), self.model.num_patches)
     tokens, _ = decode_parallel(
@@ -175,32 +178,8 @@ class Task:
       is_known=is_known,
       on_step=on_step,
     )
-    image = mim.decode_tokens(self, frozen, tokens)
+    image = image_tokens.decode(self, frozen, tokens)
     return {"image": image, "image_tokens": tokens}
-
-  def _encode_text(
-    self, variables: base.Variables, batch: base.Batch, is_guided: bool
-  ) -> base.PyTree:
-    """Of B captions; guided, of B more rows without, which are all alike."""
-
-    def encode(rows: base.Batch) -> base.PyTree:
-      return self.model.apply(
-        variables,
-        rows["text_tokens"],
-        rows["text_mask"],
-        method=self.model.encode_text,
-      )
-
-    given = encode(batch)
-    if not is_guided:
-      return given
-    null = priors.first_row(batch)
-    null["text_mask"] = jnp.zeros_like(null["text_mask"])
-    return jax.tree.map(
-      lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]),
-      given,
-      encode(null),
-    )
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
     return {

@@ -26,7 +26,7 @@ import optax
 
 from unclip_jax.diffusion import draws
 from unclip_jax.models import mim
-from unclip_jax.tasks import base
+from unclip_jax.tasks import base, image_tokens
 from unclip_jax.utils import errors
 
 
@@ -56,7 +56,7 @@ class Task:
         f"{self.model.num_patches} patches: some must be masked, and some seen"
       )
     if self.model.num_codes is not None:
-      check_tokenizer(self)
+      image_tokens.check_tokenizer(self)
 
   @property
   def num_masked(self) -> int:
@@ -104,7 +104,7 @@ class Task:
       )
       errors_ = jnp.square(prediction - target).mean(axis=-1)
       return base.LossOutput(masked_mean(errors_, is_masked), {}, {})
-    tokens = image_tokens(self, frozen, batch)
+    tokens = image_tokens.encode(self, frozen, batch)
     return token_loss(prediction, tokens, is_masked)
 
   def sample(
@@ -132,9 +132,9 @@ class Task:
     output, _ = self.model.apply(variables, image, is_masked)
     patches = mim.to_patches(image, p)
     if self.model.num_codes is not None:
-      tokens = image_tokens(self, frozen, batch)
+      tokens = image_tokens.encode(self, frozen, batch)
       tokens = jnp.where(is_masked, jnp.argmax(output, axis=-1), tokens)
-      drawn = mim.to_patches(decode_tokens(self, frozen, tokens), p)
+      drawn = mim.to_patches(image_tokens.decode(self, frozen, tokens), p)
     elif self.normalize_target:
       mean, stddev = _moments(patches)
       drawn = mean + stddev * output
@@ -217,49 +217,3 @@ def _moments(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
   mean = patches.mean(axis=-1, keepdims=True)
   # The source's constant: it keeps a flat patch finite.
   return mean, jnp.sqrt(patches.var(axis=-1, keepdims=True) + 1e-6)
-
-
-def check_tokenizer(task: Any) -> None:
-  """Raises UserError unless the upstream tokenizer fits the model's codes."""
-  if "tokenizer" not in task.upstream:
-    raise errors.UserError(
-      "a model with num_codes needs config.frozen.tokenizer: name the folder "
-      "of a trained dVAE or VQGAN"
-    )
-  for name in ("num_codes", "grid_size"):
-    own = getattr(task.model, name)
-    given = getattr(task.upstream["tokenizer"], name)
-    if own != given:
-      raise errors.UserError(
-        f"the model's {name} is {own}, but that of the tokenizer is {given}: "
-        "let config.model fit config.frozen.tokenizer"
-      )
-
-
-def image_tokens(
-  task: Any, frozen: base.Frozen, batch: base.Batch
-) -> jax.Array:
-  """[B, P] int32: those of the batch, or the codes of its pictures."""
-  if "image_tokens" in batch:
-    return batch["image_tokens"]
-  return task.upstream["tokenizer"].encode_tokens(
-    frozen["tokenizer"], batch["image"]
-  )
-
-
-def decode_tokens(
-  task: Any, frozen: base.Frozen, tokens: jax.Array
-) -> jax.Array:
-  """[B, P] int32 -> [B, S, S, 3] in [-1, 1].
-
-  Raises:
-    UserError: the tokenizer's pictures are not of the model's size.
-  """
-  tokenizer = task.upstream["tokenizer"]
-  image = tokenizer.decode_tokens(frozen["tokenizer"], tokens)
-  if image.shape[1] != task.model.image_size:
-    raise errors.UserError(
-      f"config.model.image_size is {task.model.image_size}, but the tokenizer's"
-      f" pictures have {image.shape[1]} pixels: set it to that"
-    )
-  return jnp.clip(image, -1.0, 1.0)

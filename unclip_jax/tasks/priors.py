@@ -41,7 +41,13 @@ def condition(
 
 def first_row(batch: base.Batch) -> dict[str, jax.Array]:
   """The first example's text, whose dropped form is every other one's."""
-  return {k: batch[k][:1] for k in ("text_tokens", "text_mask")}
+  return {k: v[:1] for k, v in base.text(batch).items()}
+
+
+def null_row(batch: base.Batch) -> dict[str, jax.Array]:
+  """One caption without tokens, of the batch's length."""
+  row = first_row(batch)
+  return {**row, "text_mask": jnp.zeros_like(row["text_mask"])}
 
 
 def candidate_rngs(
@@ -58,7 +64,7 @@ def encode_rows(
   encode: Callable[..., base.PyTree],
   condition: dict[str, jax.Array],
   null: dict[str, jax.Array] | None,
-  num_candidates: int,
+  num_candidates: int = 1,
 ) -> base.PyTree:
   """What the network keeps of the texts, for [B * n] rows; guided [2 * B * n].
 

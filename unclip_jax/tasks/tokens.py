@@ -35,6 +35,7 @@ import optax
 from unclip_jax import decoding
 from unclip_jax.diffusion import draws
 from unclip_jax.tasks import base, priors
+from unclip_jax.tasks import image_tokens as image_tokens_lib
 from unclip_jax.utils import errors
 
 
@@ -47,8 +48,7 @@ class Task:
       condition; makes guidance possible.
     text_loss_weight: of the text's cross-entropy where the network models the
       text too; the picture's has the rest of 1. 1/8 in the paper.
-    bos_id, eos_id: tokens that begin and end a caption; read where captions
-      are drawn.
+    begin_token, end_token: of a caption; read where captions are drawn.
     sample_options: defaults of `sample`.
   """
 
@@ -56,25 +56,14 @@ class Task:
   upstream: Mapping[str, Any]
   text_drop_prob: float = 0.1
   text_loss_weight: float = 1 / 8
-  bos_id: int = 2
-  eos_id: int = 3
+  begin_token: int = 2
+  end_token: int = 3
   sample_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   batch_coupled = False
 
   def __post_init__(self) -> None:
-    if "tokenizer" not in self.upstream:
-      raise errors.UserError(
-        "this task needs config.frozen.tokenizer: name the folder of a trained "
-        "dVAE or VQGAN"
-      )
-    for name in ("num_codes", "grid_size"):
-      own, given = (getattr(x, name) for x in (self.model, self._tokenizer))
-      if own != given:
-        raise errors.UserError(
-          f"config.model.{name} is {own}, but that of the tokenizer is {given}:"
-          " set it to that"
-        )
+    image_tokens_lib.check_tokenizer(self)
     for name in ("text_drop_prob", "text_loss_weight"):
       if not 0.0 <= getattr(self, name) <= 1.0:
         raise errors.UserError(
@@ -89,10 +78,6 @@ class Task:
   @property
   def _draws_image(self) -> bool:
     return self.direction == "text_to_image"
-
-  @property
-  def _tokenizer(self) -> Any:
-    return self.upstream["tokenizer"]
 
   def init(
     self, rng: jax.Array, batch: base.Batch, frozen: base.Frozen
@@ -109,12 +94,6 @@ class Task:
   ) -> dict[str, base.PyTree]:
     del frozen, batches
     return {}
-
-  def _image_tokens(self, frozen: base.Frozen, batch: base.Batch) -> jax.Array:
-    """[B, K] int32: those of the batch, or the codes of its pictures."""
-    if "image_tokens" in batch:
-      return batch["image_tokens"]
-    return self._tokenizer.encode_tokens(frozen["tokenizer"], batch["image"])
 
   def loss(
     self,
@@ -140,7 +119,7 @@ class Task:
     parts = self._cross_entropies(
       variables,
       {**batch, "text_mask": text_mask},
-      self._image_tokens(frozen, batch),
+      image_tokens_lib.encode(self, frozen, batch),
       train=train,
       rngs={"dropout": draws.first(dropout_rng)},
     )
@@ -196,7 +175,7 @@ class Task:
     all tokens of an example together.
     """
     del rng
-    image_tokens = self._image_tokens(frozen, batch)
+    image_tokens = image_tokens_lib.encode(self, frozen, batch)
     parts = self._cross_entropies(variables, batch, image_tokens)
     loss, _, is_real = parts["image" if self._draws_image else "text"]
     return {"log_likelihood": -(loss * is_real).sum(axis=-1)}
@@ -231,7 +210,7 @@ class Task:
     Returns:
       `image` [B, S, S, 3] in [-1, 1] and `image_tokens` [B, K] int32; or
       `text_tokens` [B, L] int32 and `text_mask` [B, L] bool, which begin with
-      `bos_id` and end with `eos_id`, zeros behind it.
+      `begin_token` and end with `end_token`, zeros behind it.
 
     Raises:
       UserError: an option out of its range, or of the other direction.
@@ -251,7 +230,13 @@ class Task:
     )
     if self._draws_image:
       known = self._known(frozen, batch, num_known_rows)
-      logits, cache = self._prefill(variables, batch, guidance_scale != 1.0)
+      logits, cache = priors.encode_rows(
+        functools.partial(
+          self.model.apply, variables, method=self.model.prefill
+        ),
+        base.text(batch),
+        priors.null_row(batch) if guidance_scale != 1.0 else None,
+      )
       tokens = draw(
         logits,
         cache,
@@ -259,19 +244,25 @@ class Task:
         guidance_scale=guidance_scale,
         **known,
       )
-      return {"image": self._decode(frozen, tokens), "image_tokens": tokens}
+      return {
+        "image": image_tokens_lib.decode(self, frozen, tokens),
+        "image_tokens": tokens,
+      }
     if guidance_scale != 1.0 or num_known_rows:
       raise errors.UserError(
         "guidance_scale and num_known_rows are options of drawing pictures: "
         "leave them out where captions are drawn"
       )
-    image_tokens = self._image_tokens(frozen, batch)
-    first = jnp.full(len(image_tokens), self.bos_id, jnp.int32)
+    image_tokens = image_tokens_lib.encode(self, frozen, batch)
+    first = jnp.full(len(image_tokens), self.begin_token, jnp.int32)
     logits, cache = self.model.apply(
       variables, image_tokens, first, method=self.model.prefill_text
     )
     tokens = draw(logits, cache, num_tokens=self.model.context_length - 1)
-    return self._caption(jnp.concatenate([first[:, None], tokens], axis=1))
+    text_tokens, text_mask = decoding.up_to_end(
+      jnp.concatenate([first[:, None], tokens], axis=1), self.end_token
+    )
+    return {"text_tokens": text_tokens, "text_mask": text_mask}
 
   def _known(
     self, frozen: base.Frozen, batch: base.Batch, num_rows: int
@@ -290,66 +281,13 @@ class Task:
         "image_tokens, or `image` in the batch"
       )
     return {
-      "known": self._image_tokens(frozen, batch),
+      "known": image_tokens_lib.encode(self, frozen, batch),
       "is_known": jnp.arange(S * S) < num_rows * S,
     }
 
-  def _prefill(
-    self, variables: base.Variables, batch: base.Batch, is_guided: bool
-  ) -> tuple[jax.Array, base.PyTree]:
-    """Logits of the first image token and the cache; guided, of 2B rows.
-
-    All rows without a caption are alike: one is computed and repeated.
-    """
-
-    def prefill(rows: base.Batch) -> tuple[jax.Array, base.PyTree]:
-      return self.model.apply(
-        variables,
-        rows["text_tokens"],
-        rows["text_mask"],
-        method=self.model.prefill,
-      )
-
-    given = prefill(batch)
-    if not is_guided:
-      return given
-    null = priors.first_row(batch)
-    null["text_mask"] = jnp.zeros_like(null["text_mask"])
-    return jax.tree.map(
-      lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y, x.shape)]),
-      given,
-      prefill(null),
-    )
-
-  def _decode(self, frozen: base.Frozen, tokens: jax.Array) -> jax.Array:
-    image = self._tokenizer.decode_tokens(frozen["tokenizer"], tokens)
-    if image.shape[1] != self.model.image_size:
-      raise errors.UserError(
-        f"config.model.image_size is {self.model.image_size}, but the "
-        f"tokenizer's pictures have {image.shape[1]} pixels: set it to that"
-      )
-    return jnp.clip(image, -1.0, 1.0)
-
-  def _caption(self, tokens: jax.Array) -> dict[str, jax.Array]:
-    """Cuts [B, L] behind the first `eos_id`."""
-    ends = (tokens == self.eos_id).astype(jnp.int32)
-    text_mask = jnp.cumsum(ends, axis=1) - ends == 0
-    return {
-      "text_tokens": jnp.where(text_mask, tokens, 0),
-      "text_mask": text_mask,
-    }
-
   def predict_fns(self) -> dict[str, base.PredictFn]:
-    def sample(
-      variables: base.Variables,
-      frozen: base.Frozen,
-      batch: base.Batch,
-      rng: jax.Array,
-    ) -> dict[str, jax.Array]:
-      return self.sample(variables, frozen, batch, rng, **self.sample_options)
-
     return {
       "loss": base.loss_predict_fn(self),
-      "sample": sample,
+      "sample": functools.partial(self.sample, **self.sample_options),
       "log_likelihood": self.log_likelihood,
     }

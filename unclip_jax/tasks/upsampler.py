@@ -78,7 +78,7 @@ class Task:
     """The captions, if the network reads them."""
     if self.model.text_encoder is None:
       return {}
-    return {name: batch[name] for name in ("text_tokens", "text_mask")}
+    return base.text(batch)
 
   def loss(
     self,

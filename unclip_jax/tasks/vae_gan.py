@@ -89,7 +89,7 @@ class Task:
     self, frozen: base.Frozen, batch: base.Batch
   ) -> dict[str, jax.Array]:
     """The captions, as the network reads them."""
-    text = {k: batch[k] for k in ("text_tokens", "text_mask")}
+    text = base.text(batch)
     if "text" not in self.upstream:
       return text
     _, encodings = self.upstream["text"].encode_text(frozen["text"], **text)
@@ -224,16 +224,8 @@ class Task:
       image, _ = self.reconstruct(variables, frozen, batch)
       return {"image": image}
 
-    def sample(
-      variables: base.Variables,
-      frozen: base.Frozen,
-      batch: base.Batch,
-      rng: jax.Array,
-    ) -> dict[str, jax.Array]:
-      return self.sample(variables, frozen, batch, rng, **self.sample_options)
-
     return {
       "loss": base.loss_predict_fn(self),
       "reconstruct": reconstruct,
-      "sample": sample,
+      "sample": functools.partial(self.sample, **self.sample_options),
     }
