@@ -75,6 +75,7 @@ def config_of(**fields):
   with config.unlocked():
     config.evals = {"loss": config.evals.loss}
     config.evals.loss.use_ema = False
+    config.evals.at_end = {**config.evals.loss, "every_steps": 12}
   return config
 
 
@@ -89,9 +90,9 @@ def stopped(tmp_path_factory):
   return workdir, config
 
 
-def losses(workdir):
+def losses(workdir, metric=METRIC):
   rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
-  return {row["step"]: row[METRIC] for row in rows if METRIC in row}
+  return {row["step"]: row[metric] for row in rows if metric in row}
 
 
 def test_the_run_ends_two_evaluations_after_its_best(stopped):
@@ -101,6 +102,11 @@ def test_the_run_ends_two_evaluations_after_its_best(stopped):
   assert max(found) == least + 2 < 12
   kept = checkpoints.Checkpointer(workdir / "checkpoints").steps()
   assert least in kept and max(found) in kept
+
+
+def test_what_is_asked_for_at_the_end_is_found_there(stopped):
+  workdir, _ = stopped
+  assert list(losses(workdir, "eval/at_end/loss")) == [max(losses(workdir))]
 
 
 def test_whoever_loads_the_run_gets_the_best_step(stopped):

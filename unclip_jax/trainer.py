@@ -19,7 +19,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -507,6 +507,19 @@ def _loop(
       keep_step=best.step_of(record),
     )
 
+  def look(step: int, names: Iterable[str]) -> dict[str, best.Record]:
+    """Runs evaluators; gives what is known of the best step after them."""
+    found = record
+    for name in names:
+      with timer.part("evaluation"), watchdog.paused():
+        variables = evals[name].variables(run.backend.on_mesh(state))
+        results = evals[name](variables, frozen)
+        metric_writers.write_results(
+          writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
+        )
+        found = run.best.update(found, step, name, results)
+    return found
+
   if trace is not None:
     train_step = trace.wrap(train_step, start, config.num_steps)
   timer.begin(
@@ -548,19 +561,16 @@ def _loop(
       else:
         bar.update(step)
 
-      for name, evaluate in evals.items():
-        if step % evaluate.every_steps == 0 or step == config.num_steps:
-          with timer.part("evaluation"), watchdog.paused():
-            results = evaluate(
-              evaluate.variables(run.backend.on_mesh(state)), frozen
-            )
-            metric_writers.write_results(
-              writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
-            )
-            record = run.best.update(record, step, name, results)
-
+      due = [
+        name
+        for name, evaluate in evals.items()
+        if step % evaluate.every_steps == 0 or step == config.num_steps
+      ]
+      record = look(step, due)
       if run.best.is_over(record):
         stopping = last = True
+        # As at the end of any other run.
+        look(step, [name for name in evals if name not in due])
       is_best = step == best.step_of(record)
       if step % config.checkpoint.every_steps == 0 or last or is_best:
         with timer.part("checkpoint"), watchdog.paused():
