@@ -76,6 +76,7 @@ def test_a_clip_of_ours_is_the_same_in_transformers(tmp_path):
     ("--from=clip-hf --image_encoder=x", "goes with --from karlo"),
     ("--to=hf --fit_variance=prior", "goes with --from runs"),
     ("--to=hf --out=nowhere", "one folder"),
+    ("--to=hf --vocab_size=9", "goes with --from word-vectors"),
   ],
 )
 def test_flags_that_contradict(flags, words, run_python):

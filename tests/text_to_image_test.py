@@ -108,6 +108,15 @@ def test_the_clip_keeps_the_best_candidate(parts):
     alone("a", num_candidates=2)
 
 
+def test_a_model_that_draws_without_diffusion_fills_in_nothing(parts):
+  pipe = text_to_image.TextToImagePipeline(parts)
+  white = np.ones((4, 4, 3))
+  with pytest.raises(errors.UserError, match="no option 'known'"):
+    pipe.inpaint(white, white[..., 0], "a ring")
+  with pytest.raises(errors.UserError, match="no option 'init'"):
+    pipe.image_to_image(white, "a ring")
+
+
 def test_a_model_without_a_generator_is_refused(parts):
   with pytest.raises(errors.UserError, match="generator"):
     text_to_image.TextToImagePipeline({"clip": parts["clip"]})

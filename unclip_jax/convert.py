@@ -78,6 +78,13 @@ TOKENIZER = flags.DEFINE_string(
   "Of word-vectors: the tokenizer whose tokens get them, such as the assets"
   " folder of a run.",
 )
+VOCAB_SIZE = flags.DEFINE_integer(
+  "vocab_size",
+  None,
+  "Of word-vectors: config.model.vocab_size, where it is more than the "
+  "tokenizer's tokens.",
+  1,
+)
 FIT_VARIANCE = flags.DEFINE_multi_string(
   "fit_variance",
   [],
@@ -126,6 +133,8 @@ def main() -> None:
     raise errors.UserError(
       "--tokenizer goes with --from word-vectors, and is needed there"
     )
+  if VOCAB_SIZE.value and not TOKENIZER.value:
+    raise errors.UserError("--vocab_size goes with --from word-vectors")
   if os.path.realpath(src) == os.path.realpath(out):
     raise errors.UserError("SRC and OUT are one folder: write to another")
   if TO.value:
@@ -136,7 +145,9 @@ def main() -> None:
     stages.write_index(out, names)
   elif FROM.value == "word-vectors":
     module = config_lib.import_module("unclip_jax.interop.word_vectors")
-    module.convert_in(src, out, tokenizer=TOKENIZER.value)
+    module.convert_in(
+      src, out, tokenizer=TOKENIZER.value, vocab_size=VOCAB_SIZE.value
+    )
   elif FROM.value in _READERS:
     config_lib.import_module(_READERS[FROM.value]).convert_in(src, out)
   elif FROM.value == "lora":

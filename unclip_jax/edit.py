@@ -6,7 +6,8 @@
   unclip edit inpaint --model DIR --image a.png --mask m.png --prompt ...
 
 Writes one picture: what was given, then what was drawn, row by row. The verbs
-are methods of UnCLIPPipeline (unclip_jax/manipulations.py says what each is).
+are methods of the model's pipeline (unclip_jax/manipulations.py says what each
+is); a model without a CLIP, as GLIDE, has image_to_image, inpaint and outpaint.
 """
 
 from __future__ import annotations
@@ -195,7 +196,13 @@ VERB = flags.DEFINE_enum(
 
 
 def main() -> None:
-  pipe = pipelines.UnCLIPPipeline.from_pretrained(MODEL.value)
+  pipe = pipelines.load(MODEL.value)
+  if not hasattr(pipe, VERB.value):
+    able = [name for name in VERBS if hasattr(pipe, name)]
+    raise errors.UserError(
+      f"the model in '{MODEL.value}' cannot {VERB.value}; it can "
+      f"{', '.join(able) or 'do none of these'}"
+    )
   drawn = VERBS[VERB.value](pipe)
   given = [_open(path) for path in IMAGE.value]
   out = pathlib.Path(OUT.value)

@@ -1,10 +1,11 @@
 """What unCLIP can do to pictures (Ramesh et al. 2022, sections 3 to 5).
 
 Each function takes a pipeline first, and `UnCLIPPipeline` has them all as its
-methods. They share two ideas of section 3: a picture is the pair of its CLIP
-image embedding z_i and of the noise x_T from which DDIM, conditioned on z_i,
-draws it back (`encode`, `decode`); and directions in CLIP's space mean
-something (`interpolate`, `text_diff`).
+methods; `TextToImagePipeline` has those that need no CLIP. They share two ideas
+of section 3: a picture is the pair of its CLIP image embedding z_i and of the
+noise x_T from which DDIM, conditioned on z_i, draws it back (`encode`,
+`decode`); and directions in CLIP's space mean something (`interpolate`,
+`text_diff`).
 
 Pictures go in as PIL pictures or as arrays [H, W, 3] in [0, 1], of any size:
 the square around the middle is taken. They come out in the pipeline's size.
@@ -27,8 +28,9 @@ from unclip_jax.metrics import pictures
 from unclip_jax.stages import PipelineOutput
 from unclip_jax.utils import errors
 
-# A pipelines.UnCLIPPipeline; that module imports this one.
+# A pipelines.UnCLIPPipeline, or any stages.Stages; those modules import this.
 UnCLIPPipeline = Any
+Pipeline = Any
 Picture = Image.Image | np.ndarray
 # Of Fig. 7; those beyond the CLIP's dimensions are left out.
 PCA_DIMS = (20, 30, 40, 80, 120, 160, 200, 320)
@@ -446,7 +448,7 @@ def three_decodings(
 
 
 def image_to_image(
-  pipe: UnCLIPPipeline,
+  pipe: Pipeline,
   image: Picture,
   prompt: str,
   *,
@@ -460,22 +462,26 @@ def image_to_image(
   Args:
     strength: in (0, 1], how much of the decoder's way is gone again; the
       upsamplers draw all of theirs.
+
+  Raises:
+    UserError: the model does not draw by diffusion.
   """
-  size = pipe.parts["decoder"].task.model.image_size
+  pipe.check_option(pipe.first, "init")
+  size = pipe.sizes()[pipe.first]
   init = stages.square_arrays([image], size).repeat(num_images, axis=0)
   options = {"guidance_scale": guidance_scale, "strength": strength}
   return _draw(
     pipe,
     pipe.tokenize([prompt] * num_images),
     options,
-    {"decoder": {"init": init}},
+    {pipe.first: {"init": init}},
     seed,
     16,
   )
 
 
 def inpaint(
-  pipe: UnCLIPPipeline,
+  pipe: Pipeline,
   image: Picture,
   mask: Picture,
   prompt: str,
@@ -496,8 +502,10 @@ def inpaint(
       times slower and a better fit to what is known.
 
   Raises:
-    UserError: the mask is of another size, or nothing is to be drawn.
+    UserError: the mask is of another size, nothing is to be drawn, or the
+      model does not draw by diffusion.
   """
+  pipe.check_option(pipe.first, "known")
   picture, mask_picture = _to_pil(image), _to_pil(mask).convert("L")
   if picture.size != mask_picture.size:
     raise errors.UserError(
@@ -528,7 +536,7 @@ def inpaint(
 
 
 def outpaint(
-  pipe: UnCLIPPipeline,
+  pipe: Pipeline,
   image: Picture,
   prompt: str,
   *,
@@ -588,16 +596,16 @@ def _starts(length: int, size: int, start: int) -> list[int]:
 
 
 def _draw(
-  pipe: UnCLIPPipeline,
+  pipe: Pipeline,
   batch: dict[str, np.ndarray],
-  decoder_options: dict[str, Any],
+  first_options: dict[str, Any],
   arrays: dict[str, dict[str, np.ndarray]],
   seed: int,
   batch_size: int,
   noise: Mapping[str, jax.Array] | None = None,
 ) -> PipelineOutput:
   """Decoder and upsamplers; the prior before them, where no z_i is given."""
-  options: dict[str, dict[str, Any]] = {"decoder": decoder_options}
+  options: dict[str, dict[str, Any]] = {pipe.first: first_options}
   if "image_embed" not in batch and "prior" in pipe.parts:
     options = {"prior": {}, **options}
   options |= {name: {} for name in pipe.upsamplers}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unclip_jax import inference, stages
+from unclip_jax import inference, manipulations, stages
 from unclip_jax.data import preprocess, tokenizers
 from unclip_jax.stages import Arrays, Callback, PipelineOutput, Predict
 from unclip_jax.utils import errors
@@ -146,6 +146,11 @@ class TextToImagePipeline(stages.Stages):
       drawn = [preprocess.to_pil(x) for x in output.images]
       output = output._replace(images=drawn)
     return output
+
+  # Of a generator that draws by diffusion (Nichol et al. 2021, section 4.3).
+  image_to_image = manipulations.image_to_image
+  inpaint = manipulations.inpaint
+  outpaint = manipulations.outpaint
 
   def _known(
     self, images: Sequence[Picture], prompts: Sequence[str], copies: int

@@ -22,10 +22,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.task.text_drop_prob = 0.0  # the caption is no condition
   config.task.sample_options = dict(temperature=0.0)
   del config.evals.samples  # of pictures
-  config.evals.likelihood = dict(
-    type="unclip_jax.evaluators.mean", pred="log_likelihood", max_examples=256
+  size = (
+    dict(max_examples=8, batch_size=8)
+    if "smoke" in (arg or "")
+    else dict(max_examples=256)
   )
-  if "smoke" in (arg or ""):
-    config.evals.likelihood.max_examples = 8
-    config.evals.likelihood.batch_size = 8
+  config.evals.likelihood = dict(
+    type="unclip_jax.evaluators.mean", pred="log_likelihood", **size
+  )
+  config.evals.captions = dict(
+    type="unclip_jax.evaluators.captions", pred="sample", **size
+  )
   return config

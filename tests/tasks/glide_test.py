@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests import init_from_test, random_models, random_variables
-from unclip_jax import trainer
+from unclip_jax import pipelines, trainer
+from unclip_jax.data import preprocess
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
@@ -112,6 +113,21 @@ def test_a_network_that_needs_a_clip_asks_for_one(glide):
   ):
     with pytest.raises(errors.UserError, match=r"set config\.frozen\.clip"):
       dataclasses.replace(task, model=task.model.clone(**fields))
+
+
+def test_a_run_of_the_inpainting_form_fills_in_pictures(tmp_path):
+  config = config_lib.load("configs/baselines/glide_inpainting.py:smoke")
+  random_models.save(tmp_path / "run", config)
+  pipe = pipelines.load(str(tmp_path / "run"))
+  image = np.tanh(random_variables.normal(32, 32, 3)) / 2 + 0.5
+  mask = np.zeros((32, 32))
+  mask[10:30, 4:20] = 1
+  output = pipe.inpaint(image, mask, "a ring", num_images=2).images
+  pixels = np.stack([np.asarray(x) for x in output])
+  given = np.asarray(preprocess.to_pil(image))
+  np.testing.assert_array_equal(pixels[0][mask == 0], given[mask == 0])
+  assert np.abs(pixels[:, mask > 0] / 1.0 - given[mask > 0]).max() > 5
+  assert np.any(pixels[0] != pixels[1])
 
 
 def test_the_upsampler_reads_the_caption():

@@ -231,6 +231,28 @@ def test_the_evaluation_loss_is_reconstruction_features_and_bottleneck(
     )
 
 
+def test_a_step_with_the_gaussian_bottleneck_trains_both_players():
+  """A weight of the KL changes the encoder's gradient, and no other's."""
+  model = MODEL.clone(bottleneck="kl")
+  params, state = split(random_variables.like(model.init, BATCH["image"]))
+
+  @jax.jit
+  def gradient(kl_weight):
+    task = vqgan_task.Task(
+      model, {}, kl_weight=kl_weight, objective=dict(adaptive=False)
+    )
+    make = gradients.make_gradients(task, num_microbatches=1)
+    return make(params, state, {}, BATCH, RNGS, jnp.int32(0)).grads
+
+  with_kl, without = (
+    trees.flatten(jax.device_get(gradient(x))) for x in (10.0, 0.0)
+  )
+  changed = {k for k, x in with_kl.items() if not np.allclose(x, without[k])}
+  assert changed and all(name.startswith("encoder.") for name in changed)
+  for name, x in with_kl.items():
+    assert np.all(np.isfinite(x)) and (np.any(x) or "bias" in name), name
+
+
 def test_the_gaussian_bottleneck_costs_its_kl():
   model = MODEL.clone(bottleneck="kl")
   task = vqgan_task.Task(model, {}, kl_weight=2.0)
