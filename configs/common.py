@@ -17,7 +17,7 @@ SHARDING = (
     r"\.(query|key|value|context_key|context_value|dense_1)\.bias$",
     ("tensor",),
   ),
-  (r"\.(attn\.out|dense_2)\.kernel$", (("tensor", "fsdp"),)),
+  (r"(attn\.out|\.dense_2)\.kernel$", (("tensor", "fsdp"),)),
   (r"\.conv_1\.kernel$", (None, None, "fsdp", "tensor")),
   (r"\.conv_1\.bias$", ("tensor",)),
   (r"\.conv_2\.kernel$", (None, None, "tensor", "fsdp")),

@@ -4,10 +4,12 @@ r"""Trains every family of configs/baselines for equal time, and compares them.
   python launch/families.py --out runs/families --only "unclip|gan"
 
 Each family gets the same wall time for all of its stages together; how many
-steps that is, is measured first, so that its schedules end with it. A stage
-that two families share (the dVAE) is trained once, and counts for both. Called
-again it goes on where it stopped. A stage that fails is reported, the others go
-on, and the exit code is 1.
+steps that is, is measured first for all of them, on the machine as it is then,
+so that the schedules end with it. `--measure` does no more than that; what is
+trained afterwards, two halves (`--only`) side by side or on a loaded machine,
+takes the same steps. A stage that two families share (the dVAE) is trained
+once, and counts for both. Called again it goes on where it stopped. A stage
+that fails is reported, the others go on, and the exit code is 1.
 
 Then the protocol `comparison` looks at all of them with one CLIP that none of
 them has seen (the same config, another seed, trained as long), and OUT gets
@@ -47,6 +49,9 @@ SPLIT = flags.DEFINE_string(
   "split", "validation", "Of the captions that are drawn."
 )
 NUM_IMAGES = flags.DEFINE_integer("num_images", 150, "Captions drawn.", 20)
+MEASURE = flags.DEFINE_bool(
+  "measure", False, "Measure the stages' steps, and train nothing."
+)
 SIZE = flags.DEFINE_enum(
   "size", "full", ["full", "smoke"], "Of the configs; smoke only tests."
 )
@@ -157,17 +162,27 @@ def main() -> None:
       f"--only '{ONLY.value}' is found in none of {', '.join(FAMILIES)}"
     )
   judge = Stage(_JUDGE, "emoji/clip", 1.0, fields={"seed": "1"})
-  if not train(judge, out):
-    sys.exit(1)
-  failed = [
+  chosen = {_JUDGE: (judge,), **chosen}
+  failed = {
     name
     for name, stages in chosen.items()
-    if not all(train(stage, out) for stage in stages)
-    or not compare(name, stages, out)
-  ]
-  gather(out)
+    if not all(measure(stage, out) for stage in stages)
+  }
+  if not MEASURE.value:
+    failed |= {
+      name
+      for name, stages in chosen.items()
+      if name not in failed and not show(name, stages, out)
+    }
+    gather(out)
   if failed:
-    sys.exit(f"error: these failed: {', '.join(failed)}")
+    sys.exit(f"error: these failed: {', '.join(sorted(failed))}")
+
+
+def show(name: str, stages: tuple[Stage, ...], out: pathlib.Path) -> bool:
+  """Trains a family, and looks at it; False if something of it failed."""
+  trained = all(train(stage, out) for stage in stages)
+  return trained and (name == _JUDGE or compare(name, stages, out))
 
 
 def train(stage: Stage, out: pathlib.Path) -> bool:
@@ -175,6 +190,51 @@ def train(stage: Stage, out: pathlib.Path) -> bool:
   folder = out / stage.run
   if jobs.is_finished(folder):
     return True
+  num_steps = _num_steps(stage, out)
+  fields = {
+    "num_steps": str(num_steps),
+    "checkpoint.every_steps": str(max(num_steps // 5, 1)),
+  }
+  return _train(stage, out, folder, fields)
+
+
+def measure(stage: Stage, out: pathlib.Path) -> bool:
+  """Writes how many steps a second a stage takes; False if it failed.
+
+  What is upstream of it is what was left by measuring that.
+  """
+  path = _measured(stage, out)
+  if SIZE.value == "smoke" or path.exists():
+    return True
+  folder = out / "steps" / stage.run
+  fields = {"num_steps": str(_MEASURED_STEPS), "optim.warmup_steps": "0"}
+  if not _train(stage, out / "steps", folder, fields):
+    return False
+  timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
+  rate = timing["sessions"][-1]["steps_per_second"]["median"]
+  files.write_atomically(path, json.dumps({"steps_per_second": rate}))
+  return True
+
+
+def _measured(stage: Stage, out: pathlib.Path) -> pathlib.Path:
+  return out / "steps" / f"{stage.run.replace('/', '_')}.json"
+
+
+def _num_steps(stage: Stage, out: pathlib.Path) -> int:
+  """How many steps a stage's share of the time is."""
+  if SIZE.value == "smoke":
+    return 2
+  found = json.loads(_measured(stage, out).read_text(encoding="utf-8"))
+  return int(found["steps_per_second"] * stage.share * MINUTES.value * 60)
+
+
+def _train(
+  stage: Stage,
+  out: pathlib.Path,
+  folder: pathlib.Path,
+  fields: Mapping[str, str],
+) -> bool:
+  """Trains a stage, with the runs in OUT upstream of it."""
   path, _, argument = stage.config.partition(":")
   arguments = [argument] if argument else []
   if SIZE.value == "smoke":
@@ -182,39 +242,18 @@ def train(stage: Stage, out: pathlib.Path) -> bool:
   config = f"configs/{path}.py" + (
     f":{','.join(arguments)}" if arguments else ""
   )
-  fields = dict(stage.fields) if SIZE.value == "full" else {}
+  fields = {
+    **fields,
+    "checkpoint.best.metric": "",
+    "checkpoint.best.patience": "0",
+  }
+  if SIZE.value == "full":
+    fields |= stage.fields
   fields |= {k: str(out / run) for k, run in stage.upstream.items()}
   # What is to be compared is measured at the end.
   for name in config_lib.load(str(ROOT / config)).evals:
     fields[f"evals.{name}"] = "{}"
-  fields["checkpoint.best.metric"], fields["checkpoint.best.patience"] = "", "0"
-  num_steps = _num_steps(stage, config, fields, out)
-  fields["num_steps"] = str(num_steps)
-  fields["checkpoint.every_steps"] = str(max(num_steps // 5, 1))
   return _run("train", *_train_flags(config, folder, fields))
-
-
-def _num_steps(
-  stage: Stage, config: str, fields: Mapping[str, str], out: pathlib.Path
-) -> int:
-  """How many steps a stage's share of the time is; measured once."""
-  if SIZE.value == "smoke":
-    return 2
-  path = out / "steps" / f"{stage.run.replace('/', '_')}.json"
-  if not path.exists():
-    folder = out / "steps" / stage.run
-    measured = {
-      **fields,
-      "num_steps": str(_MEASURED_STEPS),
-      "optim.warmup_steps": "0",
-    }
-    _run("train", *_train_flags(config, folder, measured))
-    timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
-    rate = timing["sessions"][-1]["steps_per_second"]["median"]
-    seconds = stage.share * MINUTES.value * 60
-    found = {"steps_per_second": rate, "num_steps": int(rate * seconds)}
-    files.write_atomically(path, json.dumps(found))
-  return json.loads(path.read_text(encoding="utf-8"))["num_steps"]
 
 
 def _train_flags(
