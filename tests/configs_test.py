@@ -93,7 +93,8 @@ def check_default_rules(params):
 VARIANTS = [
   x
   for x in CONFIGS
-  if x.split("/")[1] in ("ablations", "baselines", "emoji_styles", "karlo")
+  if x.split("/")[1]
+  in ("ablations", "baselines", "emoji_styles", "karlo", "shapes")
 ]
 
 

@@ -86,8 +86,11 @@ def compilation_cache(
   import jax
 
   jax.config.update("jax_compilation_cache_dir", str(base / "jax_cache"))
+  # The small ones too: each program compiles some fifty of them.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "jax_cache"))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     yield
 
 

@@ -1,69 +1,87 @@
 """kill -9 at random moments: the run that goes on ends with the same bits.
 
-UNCLIP_KILLS sets how often the run is killed (default 2, to be quick).
+UNCLIP_KILLS sets how often a run is killed (default 2, to be quick), and
+UNCLIP_SLOW=1 has a run of each system killed.
 """
 
 import os
+import pathlib
 import random
 import subprocess
 import sys
 import time
 
+import pytest
+
 from unclip_jax import checkpoints
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("UNCLIP_KILLS", "2"))
+NUM_STEPS, SAVED_EVERY = 60, 3
+BASELINES = sorted(
+  path.stem
+  for path in (ROOT / "configs/baselines").glob("*.py")
+  if path.stem != "cvae"
+)
+CVAE_STAGES = ("text", "image", "joint", "decoder")
+OTHERS = [
+  *(f"baselines/{name}.py:smoke" for name in BASELINES),
+  *(f"baselines/cvae.py:stage={stage},smoke" for stage in CVAE_STAGES),
+]
 
 
-def _command(workdir):
+def _command(config, workdir):
   return [
     sys.executable,
     "-m",
     "unclip_jax.train",
-    "--config=configs/emoji/prior.py:smoke",
+    f"--config=configs/{config}",
     f"--workdir={workdir}",
-    "--config.num_steps=120",
-    "--config.checkpoint.every_steps=3",
+    f"--config.num_steps={NUM_STEPS}",
+    f"--config.checkpoint.every_steps={SAVED_EVERY}",
     "--config.eval_every_steps=30",
+    "--config.checkpoint.best.patience=0",  # which would end it before
   ]
 
 
-def _finished(workdir):
-  steps = checkpoints.Checkpointer(workdir / "checkpoints").steps()
-  return bool(steps) and steps[-1] == 120
+def _kill(process, workdir, step, seconds):
+  """Kills a run so long after it saved a step; False: it ended by itself."""
+  checkpointer = checkpoints.Checkpointer(workdir / "checkpoints")
+  while process.poll() is None and (checkpointer.steps() or [0])[-1] < step:
+    time.sleep(0.01)
+  time.sleep(seconds)
+  ended = process.poll() is not None
+  process.kill()
+  process.wait()
+  return not ended
 
 
-def test_killed_runs_end_with_the_same_bits(tmp_path):
-  env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-  run = dict(env=env, capture_output=True, text=True, timeout=300)
-  whole = tmp_path / "whole"
-  subprocess.run(_command(whole), check=True, **run)
-  # The second start compiles nothing, so it is as quick as those to come.
-  start = time.monotonic()
-  subprocess.run(_command(tmp_path / "timed"), check=True, **run)
-  seconds = time.monotonic() - start
-  rng = random.Random(0)
-  killed = [tmp_path / "killed_0"]
-  kills = 0
-  while kills < KILLS:
-    if _finished(killed[-1]):
-      killed.append(tmp_path / f"killed_{len(killed)}")
+@pytest.mark.parametrize(
+  "config",
+  [
+    "emoji/prior.py:smoke",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS),
+  ],
+)
+def test_killed_runs_end_with_the_same_bits(config, tmp_path):
+  run = dict(check=True, capture_output=True, text=True, timeout=600)
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  subprocess.run(_command(config, whole), **run)
+  rng = random.Random(config)
+  saved = range(SAVED_EVERY, NUM_STEPS // 2 + 1, SAVED_EVERY)
+  steps = sorted(rng.choices(saved, k=KILLS))
+  for step in steps:
     process = subprocess.Popen(
-      _command(killed[-1]),
-      env=env,
+      _command(config, killed),
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
-    # Between the imports and the end, mostly while steps are being saved.
-    time.sleep(seconds * rng.uniform(0.3, 0.9))
-    # One that resumed near its end may have ended by itself.
-    kills += process.poll() is None
-    process.kill()
-    process.wait()
-  last = subprocess.run(_command(killed[-1]), check=True, **run)
+    # At any moment of the steps up to the next checkpoint, or of its writing.
+    assert _kill(process, killed, step, rng.uniform(0, 0.3))
+  last = subprocess.run(_command(config, killed), **run)
   assert "corrupt" not in last.stderr
   _, expected = checkpoints.Checkpointer(whole / "checkpoints").restore_flat()
-  for folder in killed:
-    _, found = checkpoints.Checkpointer(folder / "checkpoints").restore_flat()
-    assert found.keys() == expected.keys()
-    for name in expected:
-      assert found[name].tobytes() == expected[name].tobytes(), name
+  _, found = checkpoints.Checkpointer(killed / "checkpoints").restore_flat()
+  assert found.keys() == expected.keys()
+  for name in expected:
+    assert found[name].tobytes() == expected[name].tobytes(), name

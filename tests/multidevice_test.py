@@ -11,6 +11,8 @@ import textwrap
 import numpy as np
 import pytest
 
+from unclip_jax.utils import config as config_lib
+
 PROGRAM = textwrap.dedent(
   """
   import json, sys
@@ -94,7 +96,7 @@ CASES = {
 }
 
 
-# U-Nets take long to compile.
+# Most networks take long to compile.
 FEW = ("one", "hybrid", "tensor", "pmap")
 SLOW = pytest.mark.slow
 CACHED = dict(batch_size=16, num_microbatches=2)
@@ -116,18 +118,19 @@ PLAYERS = dict(
     ("clip", {}, tuple(CASES)),
     ("clip", CACHED, ("one", "hybrid", "pmap")),
     ("clip", SAM, ("one", "hybrid", "pmap")),
-    ("prior", {}, tuple(CASES)),
+    ("prior", {}, FEW),
     ("prior_ar", {}, ("one", "tensor")),
     ("decoder", ONE_LEVEL, FEW),
     ("upsampler", {}, FEW),
-    ("baselines/gan", PLAYERS, ("one", "hybrid")),
+    pytest.param("baselines/gan", PLAYERS, ("one", "hybrid"), marks=SLOW),
+    pytest.param("prior", {}, tuple(CASES), marks=SLOW),
     pytest.param("decoder", {}, tuple(CASES), marks=SLOW),
     pytest.param("upsampler", {}, tuple(CASES), marks=SLOW),
   ],
   ids=[
     *("clip", "clip-cached", "clip-sam"),
-    *("prior", "prior_ar", "decoder", "upsampler", "gan"),
-    *("decoder-all", "upsampler-all"),
+    *("prior", "prior_ar", "decoder", "upsampler"),
+    *("gan", "prior-all", "decoder-all", "upsampler-all"),
   ],
 )
 def test_eight_devices_equal_one(name, parts, cases, tmp_path, run_python):
@@ -153,6 +156,7 @@ def test_eight_devices_equal_one(name, parts, cases, tmp_path, run_python):
 
 def test_a_run_goes_on_on_fewer_devices(tmp_path, run_python):
   """Saved on 8, restored on 4 and on 1: the loss curve of one device."""
+  evals = config_lib.load("configs/emoji/clip.py:smoke").evals
 
   def train(workdir, num_steps, data, fsdp):
     run_python(
@@ -160,7 +164,8 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, run_python):
       *(f"--workdir={workdir}", "--allow_config_change"),
       *("--config.optim.name=sgd", "--config.optim.learning_rate=0.1"),
       *("--config.optim.schedule=constant", "--config.optim.warmup_steps=0"),
-      *(f"--config.num_steps={num_steps}", "--config.eval_every_steps=1000"),
+      *(f"--config.evals.{name}={{}}" for name in evals),
+      f"--config.num_steps={num_steps}",
       *(f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"),
       devices=data * fsdp,
     )
