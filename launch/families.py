@@ -12,9 +12,9 @@ once, and counts for both. Called again it goes on where it stopped. A stage
 that fails is reported, the others go on, and the exit code is 1.
 
 Then the protocol `comparison` looks at all of them with one CLIP that none of
-them has seen (the same config, another seed, trained as long), and OUT gets
-families.md, families.json and families.png: the same prompts for each of them,
-the true pictures above.
+them has seen (`--judge`, or one of the same config and another seed that is
+trained as long), and OUT gets families.md, families.json and families.png: the
+same prompts for each of them, the true pictures above.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ SPLIT = flags.DEFINE_string(
 NUM_IMAGES = flags.DEFINE_integer("num_images", 150, "Captions drawn.", 20)
 MEASURE = flags.DEFINE_bool(
   "measure", False, "Measure the stages' steps, and train nothing."
+)
+JUDGE = flags.DEFINE_string(
+  "judge",
+  None,
+  "The CLIP that looks, a run folder or a part. Default: one that is trained"
+  " as long as a family.",
 )
 SIZE = flags.DEFINE_enum(
   "size", "full", ["full", "smoke"], "Of the configs; smoke only tests."
@@ -89,7 +95,8 @@ _CODES = {"frozen.tokenizer.path": "dvae"}
 # Family -> its stages; the last one draws.
 FAMILIES: dict[str, tuple[Stage, ...]] = {
   "unclip": (
-    Stage("unclip/clip", "emoji/clip", 0.25),
+    # Another seed than what may look at it, and than that of the config.
+    Stage("unclip/clip", "emoji/clip", 0.25, fields={"seed": "2"}),
     Stage(
       "unclip/prior", "emoji/prior", 0.3, {"frozen.clip.path": "unclip/clip"}
     ),
@@ -161,8 +168,9 @@ def main() -> None:
     raise UserError(
       f"--only '{ONLY.value}' is found in none of {', '.join(FAMILIES)}"
     )
-  judge = Stage(_JUDGE, "emoji/clip", 1.0, fields={"seed": "1"})
-  chosen = {_JUDGE: (judge,), **chosen}
+  if JUDGE.value is None:
+    judge = Stage(_JUDGE, "emoji/clip", 1.0, fields={"seed": "1"})
+    chosen = {_JUDGE: (judge,), **chosen}
   failed = {
     name
     for name, stages in chosen.items()
@@ -280,7 +288,7 @@ def compare(name: str, stages: tuple[Stage, ...], out: pathlib.Path) -> bool:
     "--protocol=comparison",
     f"--protocol.num_images={NUM_IMAGES.value}",
     f"--protocol.num_prompts={min(NUM_IMAGES.value, 50)}",
-    f"--clip={out / _JUDGE}",
+    f"--clip={JUDGE.value or out / _JUDGE}",
     f"--split={SPLIT.value}",
     f"--out={report}",
   )
