@@ -122,6 +122,42 @@ def test_interrupt(program):
   assert _error_lines(done) == ["interrupted"]
 
 
+def test_only_noisy_libraries_are_quiet_wherever_they_are_installed(tmp_path):
+  """Below a folder that is called as our package is, as in a fresh clone."""
+  clone = tmp_path / "unclip_jax"
+  installed = clone / ".venv/lib/python3/site-packages"
+  program = textwrap.dedent("""
+    from absl import logging
+    import orbax, other
+    from unclip_jax.utils import programs
+
+    def main():
+      logging.info("own info")
+      orbax.say()
+      other.say()
+
+    programs.run(main)
+  """)
+  for name in ("orbax", "other"):
+    (installed / name).mkdir(parents=True)
+    (installed / name / "__init__.py").write_text(
+      "from absl import logging\ndef say():\n"
+      f"  logging.info('{name} info')\n  logging.warning('{name} warning')\n"
+    )
+  (clone / "program.py").write_text(program)
+  done = subprocess.run(
+    [sys.executable, str(clone / "program.py")],
+    env={**os.environ, "PYTHONPATH": f"{installed}:{_ROOT}"},
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  lines = done.stderr.splitlines()
+  assert [line.split(" ", 2)[2] for line in lines] == [
+    *("own info", "orbax warning", "other info", "other warning"),
+  ]
+
+
 def test_help(program):
   done = program("--help")
   assert done.returncode == 0

@@ -213,8 +213,9 @@ class _Quiet(std_logging.Filter):
   def filter(self, record: std_logging.LogRecord) -> bool:
     if record.levelno >= std_logging.WARNING:
       return True
-    parts = record.pathname.split("/")
-    return "unclip_jax" in parts or not any(n in parts for n in _NOISY)
+    # By what is installed, wherever that is: often below a folder of ours.
+    installed = re.search(r"/(?:site|dist)-packages/(\w+)/", record.pathname)
+    return installed is None or installed[1] not in _NOISY
 
 
 def _set_up_logging() -> None:
