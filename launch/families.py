@@ -86,9 +86,14 @@ class Stage:
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-_SIZE_32 = {
-  "model.image_size": "32",
+# unCLIP's decoder as the network of baselines/glide, which draws 32 px.
+_AS_GLIDE = {
   "data.preprocess.image_size": "32",
+  "model.image_size": "32",
+  "model.channels": "64",
+  "model.channel_mult": "(1,2,2)",
+  "model.num_res_blocks": "1",
+  "model.head_channels": "32",
 }
 _DVAE = Stage("dvae", "baselines/dvae", 0.35)
 _CODES = {"frozen.tokenizer.path": "dvae"}
@@ -105,7 +110,7 @@ FAMILIES: dict[str, tuple[Stage, ...]] = {
       "emoji/decoder",
       0.45,
       {"frozen.clip.path": "unclip/clip"},
-      _SIZE_32,
+      _AS_GLIDE,
     ),
   ),
   "glide": (Stage("glide", "baselines/glide", 1.0),),

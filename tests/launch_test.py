@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -477,6 +478,36 @@ def test_every_sweep_of_the_configs_expands(run_python):
     f"--config={path}:quick,loss_type=softmax",
     "--config.batch_size=32",
   ]
+
+
+def test_every_stage_of_the_families_can_be_set_up(run_python):
+  """At full size, over what is upstream of it, as their fields make it."""
+  code = textwrap.dedent("""
+    from launch import families
+    from unclip_jax import trainer
+    from unclip_jax.utils import config as config_lib
+
+    stages = {s.run: s for all in families.FAMILIES.values() for s in all}
+
+    def config_of(stage):
+      path, _, argument = stage.config.partition(":")
+      config = config_lib.load(f"configs/{path}.py:{argument}")
+      config_lib.apply_overrides(config, stage.fields)
+      with config.unlocked():
+        for field, run in stage.upstream.items():
+          if field == "init_from.path":
+            config.init_from.path = ""
+          else:
+            name = field.split(".")[1]
+            config.frozen[name] = dict(untrained=config_of(stages[run]))
+      return config
+
+    for run, stage in stages.items():
+      trainer.step_shapes(trainer.setup(config_of(stage), abstract=True))
+      print(run)
+  """)
+  runs = run_python("-c", code).stdout.splitlines()
+  assert len(runs) >= 16 and {"unclip/decoder", "gan", "mim"} <= {*runs}
 
 
 CONFIG = """
