@@ -60,8 +60,8 @@ ALLOWED["stages"] = ALLOWED["inference"] | {"inference"}
 ALLOWED["manipulations"] = {
   *("data", "metrics", "stages", "tensor_files", "utils"),
 }
-ALLOWED["text_to_image"] = ALLOWED["stages"] | {"stages"}
-ALLOWED["image_to_text"] = ALLOWED["text_to_image"]
+ALLOWED["text_to_image"] = ALLOWED["stages"] | {"stages", "manipulations"}
+ALLOWED["image_to_text"] = ALLOWED["stages"] | {"stages"}
 ALLOWED["pipelines"] = ALLOWED["stages"] | {
   *("stages", "manipulations", "text_to_image", "image_to_text"),
 }
