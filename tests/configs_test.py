@@ -88,13 +88,13 @@ def check_default_rules(params):
   assert share("fsdp") > 0.98 and share("tensor") > 0.6
 
 
-# Variants of the emoji's configs, which are run; and the baselines, a step of
-# each of whose tasks is run and pinned in tests/tasks.
+# Variants of the emoji's configs, which are run, in size or in some fields; and
+# the baselines, a step of each of whose tasks is run and pinned in tests/tasks.
 VARIANTS = [
   x
   for x in CONFIGS
   if x.split("/")[1]
-  in ("ablations", "baselines", "emoji_styles", "karlo", "shapes")
+  in ("ablations", "baselines", "emoji_styles", "karlo", "paper", "shapes")
 ]
 
 
@@ -112,7 +112,13 @@ def test_a_variant_can_be_trained(path):
   assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize("path", sorted({*CONFIGS} - {*VARIANTS}))
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(x, marks=[pytest.mark.slow] if x in VARIANTS else [])
+    for x in CONFIGS
+  ],
+)
 def test_smoke_trains_evaluates_and_saves(path, tmp_path):
   config = config_lib.load(str(ROOT / path) + ":smoke")
   if "/emoji/" not in path:
