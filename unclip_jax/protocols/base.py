@@ -224,7 +224,10 @@ def table(rows: Sequence[Row]) -> str:
 def _cell(value: float | str | None) -> str:
   if value is None:
     return ""
-  return value if isinstance(value, str) else f"{value:.4g}"
+  if isinstance(value, str):
+    return value
+  is_count = abs(value) >= 1000 and float(value).is_integer()
+  return f"{value:,.0f}" if is_count else f"{value:.4g}"
 
 
 def draw(rows: Sequence[Row], plot: Plot, path: pathlib.Path) -> bool:
