@@ -94,6 +94,15 @@ def compilation_cache(
     yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+  """Those of a file are dropped after it: a worker would grow to 6 GB."""
+  yield
+  import jax
+
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
   """Runs `python ARGS` from the repository's root and returns what it printed.
