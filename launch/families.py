@@ -266,14 +266,12 @@ def _train(
   # What is to be compared is measured at the end.
   for name in config_lib.load(str(ROOT / config)).evals:
     fields[f"evals.{name}"] = "{}"
-  return _run("train", *_train_flags(config, folder, fields))
-
-
-def _train_flags(
-  config: str, folder: pathlib.Path, fields: Mapping[str, str]
-) -> list[str]:
-  flags_ = [f"--config={config}", f"--workdir={folder}"]
-  return flags_ + [f"--config.{k}={v}" for k, v in fields.items()]
+  return _run(
+    "train",
+    f"--config={config}",
+    f"--workdir={folder}",
+    *(f"--config.{k}={v}" for k, v in fields.items()),
+  )
 
 
 def compare(name: str, stages: tuple[Stage, ...], out: pathlib.Path) -> bool:

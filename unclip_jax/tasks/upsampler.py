@@ -218,17 +218,9 @@ class Task:
     return bound._asdict()
 
   def predict_fns(self) -> dict[str, base.PredictFn]:
-    def sample(
-      variables: base.Variables,
-      frozen: base.Frozen,
-      batch: base.Batch,
-      rng: jax.Array,
-    ) -> dict[str, jax.Array]:
-      return self.sample(variables, frozen, batch, rng, **self.sample_options)
-
     return {
       "loss": base.loss_predict_fn(self),
-      "sample": sample,
+      "sample": functools.partial(self.sample, **self.sample_options),
       "vlb": self.vlb,
     }
 
