@@ -200,6 +200,11 @@ def test_three_decodings_see_what_their_names_say(pipe):
   z_t = pipe.encode_text(pipe.tokenize(["a ring"]))[0]
   z = outputs["text_embed"].image_embeds[1]
   assert z @ z_t / np.linalg.norm(z) / np.linalg.norm(z_t) == pytest.approx(1)
+  # And evaluators may draw so.
+  predict = pipe.predict_fns(seed=3)["text_embed_to_image"]
+  text = pipe.tokenize(["a red circle", "a ring"])
+  drawn = predict({**text, "index": np.arange(2)})["image"] * 127.5 + 127.5
+  np.testing.assert_allclose(drawn, arrays(outputs["text_embed"]), atol=1)
 
 
 def test_a_decoder_of_text_embeddings_needs_no_prior(pipe):

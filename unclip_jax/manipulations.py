@@ -430,7 +430,7 @@ def three_decodings(
     is a prior.
   """
   text = pipe.tokenize(prompts)
-  z_t = _unit(_text_embed(pipe, prompts)) * _typical_length(pipe)
+  z_t = as_image_embed(pipe, text)
   options = {"guidance_scale": guidance_scale}
   outputs = {}
   for name, image_embed, use in (
@@ -445,6 +445,13 @@ def three_decodings(
       prompts, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
     )
   return outputs
+
+
+def as_image_embed(
+  pipe: UnCLIPPipeline, text: Mapping[str, np.ndarray]
+) -> np.ndarray:
+  """z_t [N, D] of what `tokenize` returned, as long as image embeddings are."""
+  return _unit(pipe.encode_text(text)) * _typical_length(pipe)
 
 
 def image_to_image(

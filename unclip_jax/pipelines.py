@@ -6,6 +6,7 @@ How stages are loaded and run: stages.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -321,6 +322,8 @@ class UnCLIPPipeline(stages.Stages):
     `embed`: normalised embeddings of `clip_image` and caption. `prior`: the
     prior's draw beside the true embedding. `prior_loss`: its loss of each
     example. `text_to_image`: pictures drawn from the caption alone.
+    `text_embed_to_image`: the same without the prior, the text embedding taken
+    for an image embedding (manipulations.three_decodings).
 
     Args:
       options: stage -> options of its `sample`, in place of those that it was
@@ -345,6 +348,9 @@ class UnCLIPPipeline(stages.Stages):
     predict_fns = {
       "embed": embed_fn,
       "text_to_image": self.text_to_image(seed, options),
+      "text_embed_to_image": self.text_to_image(
+        seed, options, functools.partial(manipulations.as_image_embed, self)
+      ),
     }
     if "prior" in self.parts:
       own = self.options("prior", options.get("prior"))

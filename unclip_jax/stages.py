@@ -390,19 +390,27 @@ class Stages:
     return run(*weights, inputs, keys, arrays)
 
   def text_to_image(
-    self, seed: int = 0, options: Mapping[str, Mapping[str, Any]] | None = None
+    self,
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    image_embed: Callable[[Mapping[str, Any]], np.ndarray] | None = None,
   ) -> Predict:
     """What evaluators may ask of all pipelines: pictures of captions alone.
 
     Args:
       options: stage -> options of its `sample`, in place of those that it was
         saved with; stages that the model lacks are passed over.
+      image_embed: tokens and mask -> what takes the place of the prior's draw.
     """
     options = options or {}
     stages = {name: options.get(name, {}) for name in self.stages}
+    if image_embed is not None:
+      stages.pop("prior", None)
 
     def predict(batch: Arrays) -> Arrays:
       text = {k: batch[k] for k in ("text_tokens", "text_mask")}
+      if image_embed is not None:
+        text["image_embed"] = image_embed(text)
       output = self.draw(
         text,
         stages,

@@ -99,6 +99,30 @@ def test_scenes_are_read_back(subject):
   assert set(result.pictures) == {
     f"{split}_guidance_{scale}" for split in splits for scale in (1, 4)
   }
+  with pytest.raises(errors.UserError, match="does not do text_embed_to_image"):
+    dataclasses.replace(protocol, decoding="text_embed").run(made_up)
+  with pytest.raises(errors.UserError, match="none of prior, text_embed, capt"):
+    scenes.Protocol(decoding="text")
+
+
+def test_scenes_drawn_from_captions_alone_ask_for_no_embedding(subject):
+  class Asked(Drawn):
+    def predict_fns(self, seed, options):
+      self.options = options
+      return super().predict_fns(seed, options)
+
+  asked = Asked(subject)
+  config = config_lib.load("configs/shapes/decoder.py:smoke")
+  data = data_pipeline.DataPipeline.from_config(config.data, seed=0)
+  made_up = dataclasses.replace(subject, pipe=asked, data=data)
+  protocol = scenes.Protocol(
+    ("validation",), (2.0,), 4, 2, 2, num_grid=2, decoding="caption"
+  )
+  protocol.run(made_up)
+  assert asked.options["decoder"] == {
+    "guidance_scale": 2.0,
+    "use_image_embed": False,
+  }
 
 
 def test_spread_is_the_mean_over_pairs():

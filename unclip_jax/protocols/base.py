@@ -76,8 +76,16 @@ class Subject:
 
     Args:
       **options: stage -> options of its `sample`, in place of its own.
+
+    Raises:
+      UserError: the pipeline has no such function.
     """
-    return self.pipe.predict_fns(self.seed, options)[name]
+    predict_fns = self.pipe.predict_fns(self.seed, options)
+    if name not in predict_fns:
+      raise errors.UserError(
+        f"this model does not do {name}: it does {', '.join(predict_fns)}"
+      )
+    return predict_fns[name]
 
   def batches(self, count: int | None, split: str | None = None) -> Any:
     """The first examples of a split."""
@@ -136,6 +144,7 @@ class Subject:
     num_images: int,
     count: int,
     *,
+    draw: str = "text_to_image",
     split: str | None = None,
     num_pictures: int = 0,
     **options: Mapping[str, Any],
@@ -144,6 +153,7 @@ class Subject:
 
     Args:
       num_images: of a caption, each with a seed of its own.
+      draw: the predict function.
       count, split, num_pictures: as in `look`.
       **options: as in `predict`.
 
@@ -153,9 +163,9 @@ class Subject:
     seen = []
     for i in range(num_images):
       again = dataclasses.replace(self, seed=self.seed + i)
-      draw = again.predict("text_to_image", **options)
+      predict = again.predict(draw, **options)
       seen.append(
-        again.look(draw, count, split=split, num_pictures=num_pictures)
+        again.look(predict, count, split=split, num_pictures=num_pictures)
       )
     return {k: np.stack([x[k] for x in seen], axis=1) for k in seen[0]}
 

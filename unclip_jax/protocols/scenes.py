@@ -14,6 +14,15 @@ from typing import Any
 
 from unclip_jax.evaluators import scenes
 from unclip_jax.protocols import base, diversity
+from unclip_jax.utils import errors
+
+# What the decoder is given -> predict function, its options. The names are
+# those of manipulations.three_decodings (section 5.1).
+_DECODINGS: dict[str, tuple[str, dict[str, Any]]] = {
+  "prior": ("text_to_image", {}),
+  "text_embed": ("text_embed_to_image", {}),
+  "caption": ("text_to_image", {"use_image_embed": False}),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +34,12 @@ class Protocol:
   num_prompts, num_repeats: captions of the first split of which more
     pictures are drawn, for the spread.
   num_grid: examples shown.
-  use_image_embed: False takes the embedding, and so the prior, from the
-    decoder, which then has the caption alone (section 5.1).
+  decoding: what the decoder is given beside the caption: what the "prior"
+    draws; the "text_embed" as if it were an image embedding; nothing
+    ("caption"), as a decoder of captions alone must have it.
+
+  Raises:
+    UserError: there is no such decoding, or the model cannot do it.
   """
 
   splits: tuple[str, ...] = ("validation", "unseen_pairs", "unseen_bindings")
@@ -35,7 +48,13 @@ class Protocol:
   num_prompts: int = 50
   num_repeats: int = 8
   num_grid: int = 16
-  use_image_embed: bool = True
+  decoding: str = "prior"
+
+  def __post_init__(self):
+    if self.decoding not in _DECODINGS:
+      raise errors.UserError(
+        f"decoding '{self.decoding}' is none of {', '.join(_DECODINGS)}"
+      )
 
   def run(self, subject: base.Subject) -> base.Result:
     """A row for every split and scale: all scores with their chance levels,
@@ -43,14 +62,13 @@ class Protocol:
     rows = []
     grids = {}
     evaluator = scenes.Evaluator(self.num_images, num_grid=self.num_grid)
+    name, fixed = _DECODINGS[self.decoding]
     for scale in self.guidance_scales:
-      options: dict[str, Any] = dict(guidance_scale=scale)
-      if not self.use_image_embed:
-        options["use_image_embed"] = False
+      options = {**fixed, "guidance_scale": scale}
       for split in self.splits:
         found = dict(
           evaluator.run(
-            subject.predict("text_to_image", decoder=options),
+            subject.predict(name, decoder=options),
             subject.batches(self.num_images, split),
             subject.info(split),
           )
@@ -59,7 +77,11 @@ class Protocol:
         row = {"split": split, "guidance_scale": scale, **found}
         if split == self.splits[0]:
           again = subject.look_repeatedly(
-            self.num_repeats, self.num_prompts, split=split, decoder=options
+            self.num_repeats,
+            self.num_prompts,
+            draw=name,
+            split=split,
+            decoder=options,
           )
           row["within"] = diversity.spread(again["features"])["within"]
         rows.append(row)
