@@ -3,13 +3,14 @@ r"""Trains every family of configs/baselines for equal time, and compares them.
   python launch/families.py --out runs/families --minutes 30
   python launch/families.py --out runs/families --only "unclip|gan"
 
-Each family gets the same wall time for all of its stages together; how many
-steps that is, is measured first for all of them, on the machine as it is then,
-so that the schedules end with it. `--measure` does no more than that; what is
-trained afterwards, two halves (`--only`) side by side or on a loaded machine,
-takes the same steps. A stage that two families share (the dVAE) is trained
-once, and counts for both. Called again it goes on where it stopped. A stage
-that fails is reported, the others go on, and the exit code is 1.
+Each family gets the same wall time for all of its stages together, their starts
+among it; how many steps that is, is measured first for all of them, on the
+machine as it is then, so that the schedules end with it. `--measure` does no
+more than that; what is trained afterwards, two halves (`--only`) side by side
+or on a loaded machine, takes the same steps. A stage that two families share
+(the dVAE) is trained once, and counts for both. Called again it goes on where
+it stopped. A stage that fails is reported, the others go on, and the exit code
+is 1.
 
 Then the protocol `comparison` looks at all of them with one CLIP that none of
 them has seen (`--judge`, or one of the same config and another seed that is
@@ -27,6 +28,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from absl import flags, logging
 from PIL import Image, ImageDraw, ImageFont
@@ -212,7 +214,7 @@ def train(stage: Stage, out: pathlib.Path) -> bool:
 
 
 def measure(stage: Stage, out: pathlib.Path) -> bool:
-  """Writes how many steps a second a stage takes; False if it failed.
+  """Writes how long a stage starts and its steps take; False if it failed.
 
   What is upstream of it is what was left by measuring that.
   """
@@ -223,9 +225,12 @@ def measure(stage: Stage, out: pathlib.Path) -> bool:
   fields = {"num_steps": str(_MEASURED_STEPS), "optim.warmup_steps": "0"}
   if not _train(stage, out / "steps", folder, fields):
     return False
-  timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
-  rate = timing["sessions"][-1]["steps_per_second"]["median"]
-  files.write_atomically(path, json.dumps({"steps_per_second": rate}))
+  session = _sessions(folder)[-1]
+  found = {
+    "startup_seconds": session["seconds"]["startup"],
+    "steps_per_second": session["steps_per_second"]["median"],
+  }
+  files.write_atomically(path, json.dumps(found))
   return True
 
 
@@ -234,11 +239,18 @@ def _measured(stage: Stage, out: pathlib.Path) -> pathlib.Path:
 
 
 def _num_steps(stage: Stage, out: pathlib.Path) -> int:
-  """How many steps a stage's share of the time is."""
+  """How many steps a stage's share of the time is, the start taken off."""
   if SIZE.value == "smoke":
     return 2
   found = json.loads(_measured(stage, out).read_text(encoding="utf-8"))
-  return int(found["steps_per_second"] * stage.share * MINUTES.value * 60)
+  seconds = stage.share * MINUTES.value * 60 - found["startup_seconds"]
+  return max(int(found["steps_per_second"] * seconds), 1)
+
+
+def _sessions(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """What a training took, from each start to its end."""
+  timing = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
+  return timing["sessions"]
 
 
 def _train(
@@ -310,12 +322,14 @@ def _run(verb: str, *arguments: str) -> bool:
 def gather(out: pathlib.Path) -> None:
   """Writes families.json, families.md and families.png of what there is."""
   rows, strips = [], {}
-  for name in FAMILIES:
+  for name, stages in FAMILIES.items():
     path = out / "reports" / f"{name}.json"
     if not path.exists():
       continue
     report = json.loads(path.read_text(encoding="utf-8"))
-    rows.append({"family": name, **report["rows"][0]})
+    sessions = [x for stage in stages for x in _sessions(out / stage.run)]
+    minutes = sum(session["wall_seconds"] for session in sessions) / 60
+    rows.append({"family": name, "minutes": minutes, **report["rows"][0]})
     strips.setdefault("true", path.with_suffix(".true.png"))
     strips[name] = path.with_suffix(".drawn.png")
   if not rows:

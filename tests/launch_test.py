@@ -510,6 +510,32 @@ def test_every_stage_of_the_families_can_be_set_up(run_python):
   assert len(runs) >= 16 and {"unclip/decoder", "gan", "mim"} <= {*runs}
 
 
+def test_steps_of_a_family_fill_its_time(run_python, tmp_path):
+  """10 minutes of 2 steps a second, without the start of each stage."""
+  code = textwrap.dedent("""
+    import json, pathlib, sys
+    from launch import families
+
+    out = pathlib.Path(sys.argv[1])
+    families.flags.FLAGS(["families", f"--out={out}", "--minutes=10"])
+    stage = families.FAMILIES["mim"][1]
+    sessions = [
+      {"seconds": {"startup": s}, "steps_per_second": {"median": r}}
+      for s, r in ((9.0, 1.0), (30.0, 2.0))  # the last one counts
+    ]
+    families._run = lambda verb, config, workdir, *fields: (
+      pathlib.Path(workdir.partition("=")[2]).mkdir(parents=True),
+      (out / "steps" / stage.run / "timing.json").write_text(
+        json.dumps({"sessions": sessions})
+      ),
+    )
+    assert families.measure(stage, out)
+    print(families._num_steps(stage, out))
+  """)
+  output = run_python("-c", code, str(tmp_path)).stdout
+  assert int(output) == int(2 * (0.3 * 600 - 30))
+
+
 CONFIG = """
 import ml_collections
 from unclip_jax.utils import config as config_lib

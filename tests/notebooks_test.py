@@ -70,7 +70,7 @@ def test_families_are_compared(families):
   report = json.loads((families / "families.json").read_text())
   (row,) = report["rows"]
   assert row["family"] == "gan" and row["count"] == 6  # all that are held out
-  assert row["parameters"] > 0 and row["seconds"] > 0
+  assert row["parameters"] > 0 and row["seconds"] > 0 and row["minutes"] > 0
   assert row["chance_r1"] == 1 / 6
   with Image.open(families / "families.png") as sheet:
     # The true pictures and one row of drawn ones, 8 px doubled.
