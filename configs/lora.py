@@ -20,7 +20,7 @@ import ml_collections
 
 from configs import common
 from configs.emoji import decoder
-from unclip_jax import checkpoints
+from unclip_jax import run_folder
 from unclip_jax.models import lora
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.smoke:
     base = decoder.get_config("smoke")
   elif arg.base:
-    base = checkpoints.load_config(arg.base).unlock()
+    base = run_folder.load_config(arg.base).unlock()
   else:
     raise errors.UserError(
       "name the model to adapt: --config configs/lora.py:base=FOLDER"
@@ -96,7 +96,7 @@ def _sizes(base: ml_collections.ConfigDict, folder: str) -> dict[str, int]:
   """Fields of Preprocess for a converted model, told by the networks' own."""
   if "clip" in base.frozen:
     path = os.path.join(folder, base.frozen.clip.path)
-    clip = checkpoints.load_config(path).model
+    clip = run_folder.load_config(path).model
     return dict(
       image_size=base.model.get("image_size", clip.image_size),
       clip_image_size=clip.image_size,

@@ -37,26 +37,29 @@ ALLOWED: dict[str, set[str]] = {
   "timing": {"utils"},
   "partitioning": {"utils"},
   "tensor_files": {"utils"},
-  "checkpoints": {"tensor_files", "utils"},
+  "manifests": set(),
+  "checkpoints": {"manifests", "utils"},
+  "run_folder": {"utils"},
+  "model_folder": {"checkpoints", "run_folder", "tensor_files", "utils"},
   "train_state": {"utils"},
   "evaluators": {"metrics", "data", "utils"},
-  "upstream": {"checkpoints", "data", "tasks.base", "tensor_files", "utils"},
-  "init_from": {"checkpoints", "upstream", "utils"},
+  "upstream": {"model_folder", "data", "tasks.base", "tensor_files", "utils"},
+  "init_from": {"model_folder", "upstream", "utils"},
   "features": {"upstream", "partitioning", "data", "evaluators", "utils"},
   "gradients": {"optim", "partitioning", "tasks.base", "utils"},
 }
 # The config gives the trainer the module paths of the models and tasks.
 ALLOWED["trainer"] = set(ALLOWED) - {"models", "tasks"} | {"tasks.base"}
 ALLOWED["inference"] = {
-  *("tasks", "models", "checkpoints", "diffusion", "upstream", "data", "utils"),
-  "tensor_files",
+  *("tasks", "models", "diffusion", "upstream", "data", "utils"),
+  *("tensor_files", "model_folder"),
 }
-ALLOWED["interop"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["interop"] = ALLOWED["inference"] | {"inference", "run_folder"}
 ALLOWED["embeddings"] = {
   *("data", "metrics", "partitioning", "upstream", "utils"),
 }
 ALLOWED["protocols"] = {"evaluators", "metrics", "data", "utils"}
-ALLOWED["stages"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["stages"] = ALLOWED["inference"] | {"inference", "run_folder"}
 ALLOWED["manipulations"] = {
   *("data", "metrics", "stages", "tensor_files", "utils"),
 }

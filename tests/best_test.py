@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from launch import jobs
-from unclip_jax import best, checkpoints, trainer
+from unclip_jax import best, checkpoints, model_folder, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
 
@@ -114,7 +114,7 @@ def test_whoever_loads_the_run_gets_the_best_step(stopped):
   found = losses(workdir)
   checkpointer = checkpoints.Checkpointer(workdir / "checkpoints")
   _, flat = checkpointer.restore_flat(min(found, key=found.get))
-  loaded = checkpoints.load_model(workdir).variables["params"]
+  loaded = model_folder.load_model(workdir).variables["params"]
   _, newest = checkpointer.restore_flat()
   for name, value in trees.flatten(loaded).items():
     np.testing.assert_array_equal(value, flat[f"state.ema_params.{name}"])

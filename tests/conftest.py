@@ -141,3 +141,16 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     return process
 
   return run
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+  """What is logged as a warning, each as one text."""
+  # Here and not above: absl is the package's, which tests choose to import.
+  from absl import logging
+
+  seen: list[str] = []
+  monkeypatch.setattr(
+    logging, "warning", lambda text, *args: seen.append(text % args)
+  )
+  return seen

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests import random_variables  # noqa: E402
 from tests.interop import tiny_clips  # noqa: E402
-from unclip_jax import checkpoints, trainer  # noqa: E402
+from unclip_jax import model_folder, run_folder, trainer  # noqa: E402
 from unclip_jax.data import preprocess, tokenizers  # noqa: E402
 from unclip_jax.interop import clip_hf  # noqa: E402
 from unclip_jax.utils import config as config_lib  # noqa: E402
@@ -48,7 +48,7 @@ def test_a_clip_of_ours_is_the_same_in_transformers(tmp_path):
   batch = next(iter(run.data.eval_batches("train", 4)))
   variables = random_variables.like(run.task.init, batch, {})
   ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
-  checkpoints.save_model(ours, run.config, variables, {}, run.data.assets())
+  model_folder.save_model(ours, run.config, variables, {}, run.data.assets())
   clip_hf.convert_out(ours, theirs)
   clip = transformers.CLIPModel.from_pretrained(theirs)
   processor = transformers.CLIPImageProcessorPil.from_pretrained(theirs)
@@ -101,5 +101,5 @@ def test_a_prior_is_trained_over_a_converted_clip(clip, tmp_path):
   assert "0.1 MiB frozen upstream" in trainer.describe(config)
   trainer.train(config, str(tmp_path))
   assert tokenizers.load(str(tmp_path / "assets")).vocab_size == 574
-  spec = checkpoints.load_config(tmp_path).frozen.clip
-  assert spec.fingerprint == checkpoints.load_model(clip).fingerprint
+  spec = run_folder.load_config(tmp_path).frozen.clip
+  assert spec.fingerprint == model_folder.load_model(clip).fingerprint

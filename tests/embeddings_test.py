@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import random_variables
-from unclip_jax import checkpoints, embeddings, trainer, upstream
+from unclip_jax import embeddings, model_folder, trainer, upstream
 from unclip_jax.data import prepared, preparing
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
@@ -24,7 +24,7 @@ def random_clip(folder, scale):
   batch = next(iter(run.data.eval_batches("validation", 2)))
   variables = random_variables.like(run.task.init, batch, {})
   variables = jax.tree.map(lambda x: scale * x, variables)
-  checkpoints.save_model(folder, config, variables, {}, run.data.assets())
+  model_folder.save_model(folder, config, variables, {}, run.data.assets())
   return str(folder)
 
 
@@ -158,6 +158,6 @@ def test_only_a_clip_embeds(tmp_path, plain):
   batch = next(iter(run.data.eval_batches("validation", 2)))
   variables = random_variables.like(run.task.init, batch, {})
   folder = str(tmp_path / "model")
-  checkpoints.save_model(folder, run.config, variables, {}, run.data.assets())
+  model_folder.save_model(folder, run.config, variables, {}, run.data.assets())
   with pytest.raises(errors.UserError, match="a CLIP's"):
     embeddings.write(plain, folder, str(tmp_path / "out"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import random_pipelines, random_variables, tiny_features
-from unclip_jax import checkpoints, inference, trainer
+from unclip_jax import inference, model_folder, run_folder, trainer
 from unclip_jax.metrics import frechet
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
@@ -27,12 +27,12 @@ def stage(tmp_path_factory) -> str:
   batch = next(iter(run.data.eval_batches("validation", 2)))
   variables = random_variables.like(run.task.init, batch, {})
   folder = str(tmp_path_factory.mktemp("stage"))
-  checkpoints.save_model(folder, run.config, variables, {}, run.data.assets())
+  model_folder.save_model(folder, run.config, variables, {}, run.data.assets())
   return folder
 
 
 def test_features_of_what_a_stage_draws_are_compared(stage, network):
-  config = checkpoints.load_config(stage)
+  config = run_folder.load_config(stage)
   with config.unlocked():
     config.evals = dict(
       fid=dict(
@@ -103,7 +103,7 @@ def test_the_program_on_a_model(network, tmp_path, run_python):
 
 def test_a_converted_model_knows_no_data(network):
   with pytest.raises(errors.UserError, match="was converted"):
-    trainer.evaluate(network, checkpoints.load_config(network))
+    trainer.evaluate(network, run_folder.load_config(network))
 
 
 @pytest.mark.parametrize(

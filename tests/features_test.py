@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import random_variables, tiny_features
-from unclip_jax import checkpoints, features, trainer
+from unclip_jax import features, model_folder, trainer
 from unclip_jax.tasks import clip as clip_task
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
@@ -47,7 +47,7 @@ def clip(tmp_path_factory):
   batch = next(iter(run.data.eval_batches("train", 4)))
   variables = random_variables.like(run.task.init, batch, {})
   folder = str(tmp_path_factory.mktemp("clip"))
-  checkpoints.save_model(folder, run.config, variables, {}, run.data.assets())
+  model_folder.save_model(folder, run.config, variables, {}, run.data.assets())
   return folder, run, variables
 
 
@@ -91,6 +91,6 @@ def test_a_model_that_reads_no_pictures_is_refused(tmp_path):
   run = trainer.setup(config_lib.load("configs/emoji/upsampler.py:smoke"))
   batch = next(iter(run.data.eval_batches("train", 2)))
   variables = random_variables.like(run.task.init, batch, {})
-  checkpoints.save_model(tmp_path, run.config, variables, {}, {})
+  model_folder.save_model(tmp_path, run.config, variables, {}, {})
   with pytest.raises(errors.UserError, match="gives no features of pictures"):
     features.load(str(tmp_path))

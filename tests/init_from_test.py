@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import random_models
-from unclip_jax import checkpoints, trainer
+from unclip_jax import checkpoints, model_folder, run_folder, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
 
@@ -72,7 +72,7 @@ def test_what_is_not_selected_is_what_a_fresh_run_has(model, fresh, tmp_path):
 def test_a_run_is_a_model_and_a_resumed_run_needs_none(tmp_path):
   path = tmp_path / "model"
   trainer.train(smoke(), str(path))
-  expected = trees.flatten(checkpoints.load_model(path).variables)
+  expected = trees.flatten(model_folder.load_model(path).variables)
   config = smoke(init={"path": str(path), "names": "^params"})
   _, found = start(tmp_path / "start", config)
   assert_equal({n: found[n] for n in expected}, expected)
@@ -113,7 +113,7 @@ def test_mistakes_are_named(model, tmp_path, init, message):
 
 def test_a_model_of_another_upstream_is_refused(model, tmp_path):
   path, _ = model
-  expected = checkpoints.load_config(path).frozen.clip.fingerprint
+  expected = run_folder.load_config(path).frozen.clip.fingerprint
   config = smoke(init={"path": path}, frozen__clip__untrained__seed=7)
   with pytest.raises(errors.UserError) as error:
     start(tmp_path, config)
@@ -146,7 +146,7 @@ def test_describing_reads_no_weights(tmp_path):
 SHARDED = """
 import pathlib, sys
 from tests import init_from_test
-from unclip_jax import checkpoints
+from unclip_jax import checkpoints, model_folder, run_folder
 from unclip_jax.utils import trees
 
 path, workdir = sys.argv[1:]
@@ -155,7 +155,7 @@ config.mesh = dict(data=2, fsdp=4)
 state, found = init_from_test.start(pathlib.Path(workdir), config)
 leaves = trees.flatten(state.params).values()
 assert any(not x.sharding.is_fully_replicated for x in leaves)
-model = checkpoints.load_model(path)
+model = model_folder.load_model(path)
 expected = trees.flatten({**model.variables, "tables": model.tables})
 init_from_test.assert_equal(found, expected)
 """

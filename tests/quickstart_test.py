@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unclip_jax import checkpoints, inference, pipelines
+from unclip_jax import inference, model_folder, pipelines
 from unclip_jax.utils import errors
 
 
@@ -205,10 +205,10 @@ def test_saved_and_loaded_is_the_same_model(pipe, out, tmp_path):
 def test_a_decoder_of_another_clip_is_refused(out, tmp_path):
   model = tmp_path / "model"
   shutil.copytree(out / "model", model)
-  clip = checkpoints.load_model(model / "clip")
+  clip = model_folder.load_model(model / "clip")
   params = clip.variables["params"]
   params["logit_scale"] = params["logit_scale"] + 1
-  checkpoints.save_model(model / "clip", clip.config, clip.variables, {}, {})
+  model_folder.save_model(model / "clip", clip.config, clip.variables, {}, {})
   with pytest.raises(errors.UserError, match=clip.fingerprint):
     pipelines.UnCLIPPipeline.from_pretrained(str(model))
 

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from tests import random_variables
-from unclip_jax import checkpoints, trainer
+from unclip_jax import model_folder, trainer
 from unclip_jax.utils import trees
 
 
@@ -22,5 +22,5 @@ def save(
   variables = {"params": random_variables.like_tree(shapes.params)}
   tables = random_variables.like_tree(tables)
   assets = run.data.assets()
-  checkpoints.save_model(folder, run.config, variables, tables, assets)
+  model_folder.save_model(folder, run.config, variables, tables, assets)
   return trees.flatten({**variables, "tables": tables})

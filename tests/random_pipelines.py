@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from tests import random_variables
-from unclip_jax import checkpoints, inference, pipelines, trainer
+from unclip_jax import inference, model_folder, pipelines, trainer
 from unclip_jax.utils import config as config_lib
 
 
@@ -37,7 +37,7 @@ def make(
     if "clip" in frozen:
       frozen["clip"] = clip
       with run.config.unlocked():
-        run.config.frozen.clip.fingerprint = checkpoints.fingerprint(clip)
+        run.config.frozen.clip.fingerprint = model_folder.fingerprint(clip)
     frozen |= run.task.prepare(frozen, batches)
     batch = next(iter(batches))
     shapes = jax.eval_shape(run.task.init, jax.random.key(0), batch, frozen)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import random_variables
-from unclip_jax import checkpoints, trainer
+from unclip_jax import checkpoints, run_folder, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
 
@@ -196,7 +196,7 @@ def test_sigterm_saves_the_step_and_exits_0(tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
   with (
-    checkpoints.workdir_lock(tmp_path),
+    run_folder.lock(tmp_path),
     pytest.raises(errors.UserError, match="in use"),
   ):
     trainer.train(smoke("upsampler"), str(tmp_path))

@@ -1,14 +1,10 @@
-"""Saving and restoring: training steps, run configs, released models.
+"""Saving and restoring the steps of a training.
 
-A thin facade over Orbax, whose types stay in this file. Orbax notices no
-flipped bit and does not fall back from a damaged step, so every step folder
-gets a manifest with two kinds of hashes: SHA-256 of each file, and a checksum
-of each leaf, computed on the devices that hold it. A step is whole when its
-manifest stands, which is written last; what is damaged is set aside, and the
+A thin facade over Orbax, whose types stay in this file. Orbax does not fall
+back from a damaged step: here a step is whole when its manifest stands
+(manifests.py), which is written last; what is damaged is set aside, and the
 step before is used.
 
-  WORKDIR/config.json                      the run's config
-  WORKDIR/.lock                            held while a run trains there
   WORKDIR/checkpoints/00000010/state/      Orbax's files
   WORKDIR/checkpoints/00000010/manifest.json
   WORKDIR/checkpoints/00000010.corrupt-1/  a step that was set aside
@@ -19,33 +15,23 @@ Leaves have the flat names of `utils.trees`, for example
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import dataclasses
-import fcntl
 import functools
-import hashlib
-import json
-import math
 import os
 import pathlib
 import re
 import shutil
-import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from unclip_jax import tensor_files
-from unclip_jax.utils import config as config_lib
+from unclip_jax import manifests
 from unclip_jax.utils import files, trees
 from unclip_jax.utils.errors import UserError
 
@@ -53,176 +39,9 @@ PyTree = Any
 Array = jax.Array | np.ndarray
 PathLike = str | os.PathLike[str]
 
-_MANIFEST = "manifest.json"
-_WEIGHTS = "model.safetensors"
-_CONFIG = "config.json"
-_BEST = "best.step"  # a leaf: best.Record
-# Fields of a config that say where a run's arrays lie, and not what they are.
-_PLACE = ("mesh", "sharding", "optimizer_sharding", "axis_rules", "parallel")
 _STEP = re.compile(r"\d+")
 # A step folder, or what Orbax makes of its name until the step is written.
 _UNFINISHED = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
-
-
-class _CorruptError(Exception):
-  """What is damaged in a step folder; the message names leaf or file."""
-
-
-# --- Checksums of leaves ------------------------------------------------------
-
-
-def _mix(x: jax.Array) -> jax.Array:
-  """A one-to-one scrambling of uint32 (MurmurHash3's fmix32)."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
-
-
-@jax.jit
-def _hash_sums(
-  words: jax.Array, starts: jax.Array, strides: jax.Array
-) -> jax.Array:
-  """Two sums of hashed words of one shard, modulo 2**32.
-
-  Word i of the whole leaf (in C order) is hashed with i. For a given i the hash
-  is one-to-one, so a change of one word always changes both sums; plain
-  multiples of i would let two flipped sign bits cancel. Addition modulo 2**32
-  is exact in any order: the sums of the shards add up to those of the leaf,
-  however it is laid out.
-
-  Args:
-    words: the shard; 8-byte types count as two words.
-    starts: uint32 [ndim], the shard's place in the leaf.
-    strides: uint32 [ndim], in words of the leaf.
-
-  Returns:
-    uint32 [2].
-  """
-  if words.dtype == jnp.bool_:
-    words = words.astype(jnp.uint8)
-  size = words.dtype.itemsize
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
-  bits = jax.lax.bitcast_convert_type(words, unsigned).astype(jnp.uint32)
-  index = jnp.zeros(bits.shape, jnp.uint32)
-  for axis in range(words.ndim):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    index += (iota + starts[axis]) * strides[axis]
-  if size == 8:
-    index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, words.ndim)
-  return jnp.stack(
-    [
-      jnp.sum(_mix(bits + index * jnp.uint32(0x9E3779B1)), dtype=jnp.uint32),
-      jnp.sum(_mix(bits ^ _mix(index + 1)), dtype=jnp.uint32),
-    ]
-  )
-
-
-def _start_checksums(flat: Mapping[str, Array]) -> dict[str, list[jax.Array]]:
-  """Dispatches the sums of the shards that this process owns.
-
-  One small function by shard, each on the shard's own device: no collectives,
-  and one compilation for each shape instead of a long one for the whole tree
-  (1,200 leaves: 12 s).
-  """
-  pending = {}
-  for name, leaf in flat.items():
-    if isinstance(leaf, jax.Array):
-      words_per_item = 2 if leaf.dtype.itemsize == 8 else 1
-      shape = leaf.shape
-      shards = [
-        (s.data, [i.start or 0 for i in s.index])
-        for s in leaf.addressable_shards
-        if s.replica_id == 0
-      ]
-    else:
-      # Viewed as words before jax sees them: it would cut 8-byte types.
-      words_per_item = 1
-      word = {1: np.uint8, 2: np.uint16}.get(leaf.dtype.itemsize, np.uint32)
-      words = leaf.reshape(-1).view(word)
-      shape = words.shape
-      owned = jax.process_index() == 0
-      shards = [(words, [0])] if owned else []
-    strides = [
-      math.prod(shape[axis + 1 :]) * words_per_item % 2**32
-      for axis in range(len(shape))
-    ]
-    pending[name] = [
-      _hash_sums(
-        data,
-        np.array([start % 2**32 for start in starts], np.uint32),
-        np.array(strides, np.uint32),
-      )
-      for data, starts in shards
-    ]
-  return pending
-
-
-def _finish_checksums(pending: Mapping[str, list[jax.Array]]) -> dict[str, str]:
-  """Name -> 16 hex digits, the same on every process."""
-  sums = np.zeros((len(pending), 2), np.uint32)
-  for row, parts in zip(sums, jax.device_get(list(pending.values()))):
-    for part in parts:
-      row += part
-  if jax.process_count() > 1:
-    sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
-  return {n: f"{a:08x}{b:08x}" for n, (a, b) in zip(pending, sums)}
-
-
-# --- Manifests ----------------------------------------------------------------
-
-
-def _seal(body: Mapping[str, Any]) -> str:
-  """JSON text that carries its own hash: any flipped bit in it shows."""
-  digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-  return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1)
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  try:
-    text = (folder / _MANIFEST).read_text(encoding="utf-8")
-    body = json.loads(text)
-    del body["sha256"]
-    intact = _seal(body) == text and body["step"] == int(folder.name)
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-    raise _CorruptError(f"file {_MANIFEST} cannot be read") from e
-  if not intact:
-    raise _CorruptError(f"file {_MANIFEST} has changed")
-  return body
-
-
-def _hash_file(path: pathlib.Path) -> str:
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _hash_files(folder: pathlib.Path) -> dict[str, list[Any]]:
-  """Relative path -> [bytes, SHA-256]."""
-  paths = sorted(p for p in folder.rglob("*") if p.is_file())
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    digests = list(pool.map(_hash_file, paths))
-  return {
-    str(p.relative_to(folder)): [p.stat().st_size, digest]
-    for p, digest in zip(paths, digests)
-  }
-
-
-def _damaged_files(
-  folder: pathlib.Path, files: Mapping[str, list[Any]]
-) -> dict[str, str]:
-  """File -> a phrase, for each that is not as it was written."""
-  found = _hash_files(folder)
-  problems = {}
-  for name, (size, digest) in files.items():
-    if name not in found:
-      problems[name] = f"file {name} is missing"
-    elif found[name][0] != size:
-      problems[name] = f"file {name} has {found[name][0]} bytes, not {size}"
-    elif found[name][1] != digest:
-      problems[name] = f"file {name} has changed"
-  return problems
-
-
-# --- Training steps -----------------------------------------------------------
 
 
 class Checkpointer:
@@ -266,7 +85,7 @@ class Checkpointer:
     return sorted(
       int(path.name)
       for path in self._directory.iterdir()
-      if _STEP.fullmatch(path.name) and (path / _MANIFEST).is_file()
+      if _STEP.fullmatch(path.name) and (path / manifests.NAME).is_file()
     )
 
   def save(
@@ -302,8 +121,8 @@ class Checkpointer:
         if _UNFINISHED.fullmatch(unfinished.name):
           shutil.rmtree(unfinished)
     _sync("checkpoint_begin")
-    pending = _start_checksums(flat)
-    finish = functools.partial(_finish_checksums, pending)
+    pending = manifests.start_checksums(flat)
+    finish = functools.partial(manifests.finish_checksums, pending)
     if jax.process_count() > 1:
       # Talks to the other processes, so it must not leave this thread.
       checksums = finish()
@@ -320,8 +139,9 @@ class Checkpointer:
         checksums = finish()
         if jax.process_index() == 0:
           leaves = {n: [*shapes[n], checksums[n]] for n in shapes}
-          body = {"step": step, "files": _hash_files(folder), "leaves": leaves}
-          files.write_atomically(folder / _MANIFEST, _seal(body))
+          hashes = manifests.hash_files(folder)
+          body = {"step": step, "files": hashes, "leaves": leaves}
+          files.write_atomically(folder / manifests.NAME, manifests.seal(body))
           self._delete_old()
       except BaseException as e:
         self._failure = (step, e)
@@ -364,7 +184,7 @@ class Checkpointer:
     self.wait()
     if jax.process_index() == 0 and self._directory.is_dir():
       for path in self._directory.iterdir():
-        whole = (path / _MANIFEST).is_file()
+        whole = (path / manifests.NAME).is_file()
         if _UNFINISHED.fullmatch(path.name) and not whole:
           shutil.rmtree(path)
     _sync("checkpoint_clean")
@@ -400,7 +220,7 @@ class Checkpointer:
         _check_fits(expected, manifest["leaves"], folder)
         flat = _load_verified(folder, manifest, expected)
         return step, trees.unflatten_like(template, flat)
-      except _CorruptError as e:
+      except manifests.CorruptError as e:
         if self._strict:
           raise UserError(f"the checkpoint {folder} is damaged: {e}") from e
         self._set_aside(folder, str(e))
@@ -413,14 +233,19 @@ class Checkpointer:
     return None
 
   def restore_flat(
-    self, step: int | None = None, names: str | None = None
+    self,
+    step: int | None = None,
+    names: str | Callable[[Iterable[str]], list[str]] = "",
+    *,
+    shapes_only: bool = False,
   ) -> tuple[int, dict[str, np.ndarray]]:
     """Loads leaves to the host, without a template; changes no file.
 
     Args:
       step: None for the newest whole step that is not damaged.
       names: regex; only leaves whose flat name it finds (`re.search`) are
-        loaded.
+        loaded. Or a function that takes all names and returns those.
+      shapes_only: give zeros that take no memory, and read no leaf.
 
     Returns:
       (step, flat name -> array).
@@ -428,19 +253,7 @@ class Checkpointer:
     Raises:
       UserError: there is no such step, or it is damaged.
     """
-    pattern = re.compile(names or "")
-    return self._restore_flat(
-      step, lambda found: [n for n in found if pattern.search(n)]
-    )
-
-  def _restore_flat(
-    self,
-    step: int | None,
-    select: Callable[[Iterable[str]], list[str]],
-    *,
-    shapes_only: bool = False,
-  ) -> tuple[int, dict[str, np.ndarray]]:
-    """`restore_flat`; of shapes, arrays of zeros that take no memory."""
+    select = names if callable(names) else functools.partial(_found, names)
     self.wait()
     known = self.steps()
     if step is not None and step not in known:
@@ -462,7 +275,7 @@ class Checkpointer:
         if shapes_only:
           return candidate, wanted
         return candidate, _load_verified(folder, manifest, wanted)
-      except _CorruptError as e:
+      except manifests.CorruptError as e:
         problems.append(f"{folder}: {e}")
         if self._strict or step is not None:
           break
@@ -483,7 +296,7 @@ class Checkpointer:
         not self._keep_every or step % self._keep_every
       ):
         # Without its manifest, a half-deleted folder is not a step.
-        (self._folder(step) / _MANIFEST).unlink()
+        (self._folder(step) / manifests.NAME).unlink()
         shutil.rmtree(self._folder(step))
 
   def _damaged_folders(self) -> list[pathlib.Path]:
@@ -510,6 +323,10 @@ class Checkpointer:
     _sync("checkpoint_was_set_aside")
 
 
+def _found(pattern: str, names: Iterable[str]) -> list[str]:
+  return [name for name in names if re.search(pattern, name)]
+
+
 def _sync(name: str) -> None:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
@@ -526,15 +343,15 @@ def _as_abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
 
 
 def _agreed_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """The manifest, or _CorruptError on all processes where 0 cannot read it."""
+  """The manifest, or CorruptError on all processes where 0 cannot read it."""
   problem = None
   manifest = {}
   try:
-    manifest = _read_manifest(folder)
-  except _CorruptError as e:
+    manifest = manifests.read(folder)
+  except manifests.CorruptError as e:
     problem = e
   if _agree(problem is not None):
-    raise problem or _CorruptError(f"file {_MANIFEST} is damaged")
+    raise problem or manifests.CorruptError(f"file {manifests.NAME} is damaged")
   return manifest
 
 
@@ -597,7 +414,7 @@ def _changed_leaf(
   flat: Mapping[str, Array], leaves: Mapping[str, list[Any]]
 ) -> str | None:
   """The first leaf whose checksum is not the one in the manifest."""
-  checksums = _finish_checksums(_start_checksums(flat))
+  checksums = manifests.finish_checksums(manifests.start_checksums(flat))
   return next((n for n in flat if checksums[n] != leaves[n][2]), None)
 
 
@@ -609,20 +426,20 @@ def _load_verified(
   """Loads the wanted leaves, once the files are seen to be intact.
 
   Raises:
-    _CorruptError: something is not as it was saved. A failure to load intact
+    CorruptError: something is not as it was saved. A failure to load intact
       files (no memory, an impossible sharding) is raised as it is.
   """
   problems = {}
   if jax.process_index() == 0:
-    problems = _damaged_files(folder, manifest["files"])
+    problems = manifests.damaged_files(folder, manifest["files"])
   if _agree(bool(problems)):
     summary = next(iter(problems.values()), "a file is damaged")
     if leaf := _damaged_leaf(folder, manifest, wanted, problems):
       summary = f"leaf {leaf!r} has changed ({summary})"
-    raise _CorruptError(summary)
+    raise manifests.CorruptError(summary)
   flat = _load(folder, manifest, wanted)
   if leaf := _changed_leaf(flat, manifest["leaves"]):
-    raise _CorruptError(f"leaf {leaf!r} has changed")
+    raise manifests.CorruptError(f"leaf {leaf!r} has changed")
   return flat
 
 
@@ -644,367 +461,3 @@ def _damaged_leaf(
     return _changed_leaf(_load(folder, manifest, wanted), manifest["leaves"])
   except Exception:
     return None  # the damage is to what the leaves share
-
-
-# --- The run's folder ---------------------------------------------------------
-
-
-@contextlib.contextmanager
-def workdir_lock(workdir: PathLike) -> Iterator[None]:
-  """Keeps a second run out of a workdir, on this machine.
-
-  The lock goes with the process, however that ends. Of the processes of one
-  run, process 0 holds it.
-
-  Raises:
-    UserError: another run holds it; the message says which.
-  """
-  if jax.process_index() != 0:
-    yield
-    return
-  path = pathlib.Path(workdir) / ".lock"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "a+", encoding="utf-8") as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      f.seek(0)
-      raise UserError(
-        f"{workdir} is in use by the run {f.read().strip() or '(unknown)'}:"
-        " stop it, or choose another workdir"
-      ) from e
-    except OSError as e:
-      # Some network file systems have no locks; the run is worth more.
-      logging.warning("%s cannot be locked: %s", workdir, e)
-    f.truncate(0)
-    f.write(f"{os.getpid()}@{socket.gethostname()}\n")
-    f.flush()
-    try:
-      yield
-    finally:
-      f.truncate(0)
-
-
-def save_config(workdir: PathLike, config: ml_collections.ConfigDict) -> None:
-  """Writes WORKDIR/config.json, on process 0."""
-  if jax.process_index() != 0:
-    return
-  path = pathlib.Path(workdir) / _CONFIG
-  path.parent.mkdir(parents=True, exist_ok=True)
-  files.write_atomically(path, config_lib.to_json(config))
-
-
-def save_assets(workdir: PathLike, assets: Mapping[str, PathLike]) -> None:
-  """Copies files that belong to a model to WORKDIR/assets, once.
-
-  Args:
-    assets: file name -> the file to copy.
-  """
-  folder = pathlib.Path(workdir) / "assets"
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, path in assets.items():
-    if jax.process_index() == 0 and not (folder / name).exists():
-      shutil.copyfile(path, folder / f".{name}.tmp")
-      os.replace(folder / f".{name}.tmp", folder / name)
-
-
-def load_config(workdir: PathLike) -> ml_collections.ConfigDict:
-  """Reads config.json of a run or a model folder.
-
-  Raises:
-    UserError: there is none, or it is not a config.
-  """
-  path = pathlib.Path(workdir) / _CONFIG
-  try:
-    return config_lib.from_json(path.read_text(encoding="utf-8"))
-  except (FileNotFoundError, NotADirectoryError) as e:
-    raise UserError(f"there is no {path}: is this a run or a model?") from e
-  except (UserError, UnicodeDecodeError) as e:
-    raise UserError(f"{path} is damaged: {e}") from e
-
-
-def check_config(
-  workdir: PathLike,
-  config: ml_collections.ConfigDict,
-  allow_change: bool = False,
-) -> None:
-  """Refuses to go on with a run under another config.
-
-  Where it runs (`_PLACE`) may change.
-
-  Args:
-    workdir: a run's folder; one without a config.json is new.
-    config: that of this start.
-    allow_change: warn about the differences instead.
-
-  Raises:
-    UserError: the stored config differs; the message says where.
-  """
-  if not (pathlib.Path(workdir) / _CONFIG).exists():
-    return
-  changes = [
-    change
-    for change in config_lib.diff(load_config(workdir), config)
-    if re.match(r"\w+", change)[0] not in _PLACE
-  ]
-  if not changes:
-    return
-  text = "; ".join(changes)
-  if not allow_change:
-    raise UserError(
-      f"the run in {workdir} has another config ({text}): choose another"
-      " workdir, undo the change, or allow it with --allow_config_change"
-    )
-  logging.warning("the config of the run in %s changes: %s", workdir, text)
-
-
-# --- Released models ----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-  """What `load_model` finds.
-
-  Attributes:
-    config: that of the run that trained it.
-    variables: {"params": ..., "batch_stats"...: ...}, nested dicts of numpy
-      arrays (or of shapes).
-    tables: name -> array or dict of arrays.
-    assets_dir: the folder that holds the tokenizer and other files.
-    fingerprint: see `fingerprint`.
-  """
-
-  config: ml_collections.ConfigDict
-  variables: dict[str, PyTree]
-  tables: dict[str, PyTree]
-  assets_dir: str
-  fingerprint: str
-
-
-def fingerprint(variables: Mapping[str, PyTree]) -> str:
-  """16 hex digits of SHA-256 over names, shapes, dtypes and bytes of params.
-
-  A run and the model folder saved from it have the same one.
-  """
-  digest = hashlib.sha256()
-  for name, leaf in sorted(trees.flatten(variables["params"]).items()):
-    _add_to_fingerprint(digest, name, np.asarray(leaf))
-  return digest.hexdigest()[:16]
-
-
-def _add_to_fingerprint(digest: Any, name: str, array: np.ndarray) -> None:
-  digest.update(f"{name} {list(array.shape)} {array.dtype}\n".encode())
-  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def save_model(
-  directory: PathLike,
-  config: ml_collections.ConfigDict,
-  variables: Mapping[str, PyTree],
-  tables: Mapping[str, PyTree],
-  assets: Mapping[str, PathLike],
-) -> None:
-  """Writes a model folder: config.json, model.safetensors, asset files.
-
-  Args:
-    directory: is made where needed; files of the same names are replaced.
-    config: that of the run.
-    variables: {"params": ..., and other collections}.
-    tables: arrays or dicts of arrays, by name.
-    assets: file name in the folder -> the file to copy.
-
-  Raises:
-    UserError: an asset is missing.
-  """
-  folder = pathlib.Path(directory)
-  for name, path in assets.items():
-    if not os.path.isfile(path):
-      raise UserError(f"there is no file {path} for the asset {name!r}")
-  folder.mkdir(parents=True, exist_ok=True)
-  flat = trees.flatten({**variables, "tables": dict(tables)})
-  save_arrays(folder, {n: tensor_files.lazy(v) for n, v in flat.items()})
-  save_config(folder, config)
-  for name, path in assets.items():
-    if (folder / name).resolve() != pathlib.Path(path).resolve():
-      shutil.copyfile(path, folder / name)
-
-
-def save_arrays(
-  folder: pathlib.Path, arrays: Mapping[str, tensor_files.LazyArray]
-) -> str:
-  """Writes model.safetensors, one array in memory at a time.
-
-  Args:
-    arrays: by their flat names, "params..." and "tables...".
-
-  Returns:
-    The fingerprint of the parameters.
-  """
-  digest = hashlib.sha256()
-
-  def add(name: str, array: np.ndarray) -> None:
-    if name.startswith("params."):
-      _add_to_fingerprint(digest, name.removeprefix("params."), array)
-
-  blank = {"fingerprint": "0" * 16}  # known when all has been written
-  with tensor_files.SafetensorsWriter(
-    folder / _WEIGHTS, arrays, blank
-  ) as writer:
-    writer.write_all(add)
-    found = digest.hexdigest()[:16]
-    writer.metadata["fingerprint"] = found
-  return found
-
-
-class OpenModel(NamedTuple):
-  """What `open_model` finds."""
-
-  config: ml_collections.ConfigDict
-  arrays: dict[str, tensor_files.LazyArray]  # by their flat names
-  assets_dir: str
-  fingerprint: str | None  # as stored; a run stores none
-
-
-def open_model(path: PathLike) -> OpenModel:
-  """Opens a model folder, or the best or newest step of a run's workdir.
-
-  The best is taken where the run has kept one (best.py), and of a run the
-  averaged parameters where there are any. A model folder's arrays are loaded
-  one by one, a run's all at the first.
-
-  Raises:
-    UserError: the folder holds neither, or what it holds is damaged.
-  """
-  folder = pathlib.Path(path)
-  if (folder / _WEIGHTS).is_file():
-    arrays, metadata = tensor_files.read_safetensors(folder / _WEIGHTS)
-    stored, assets_dir = metadata.get("fingerprint"), folder
-  elif (folder / "checkpoints").is_dir():
-    arrays = _open_run(folder / "checkpoints")
-    stored, assets_dir = None, folder / "assets"
-  else:
-    raise UserError(
-      f"there is no model in {path}: looked for {_WEIGHTS} (a model folder) and"
-      " checkpoints/ (a run)"
-    )
-  if not any(name.startswith("params.") for name in arrays):
-    raise UserError(f"the model in {path} has no parameters")
-  return OpenModel(load_config(folder), arrays, str(assets_dir), stored)
-
-
-def load_model(
-  path: PathLike, *, abstract: bool = False, lazy: bool = False
-) -> LoadedModel:
-  """Loads a model folder, or the best or newest step of a run's workdir.
-
-  Args:
-    abstract: give `jax.ShapeDtypeStruct`s in place of arrays, and "" as the
-      fingerprint; no weights are read.
-    lazy: variables of a model folder are `LazyArray`s, whose bytes nobody has
-      compared with the fingerprint.
-
-  Raises:
-    UserError: as `open_model`, or the parameters are not those that were saved.
-  """
-  config, arrays, assets_dir, stored = open_model(path)
-  flat: dict[str, Any] = arrays
-  if abstract:
-    flat = {
-      n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()
-    }
-    stored = ""
-  elif stored is None or not lazy:
-    flat, stored = _load_all(arrays, stored, str(path))
-  variables = trees.unflatten(flat)
-  tables = tensor_files.loaded(variables.pop("tables", {}))
-  return LoadedModel(config, variables, tables, assets_dir, stored)
-
-
-def load_variables(
-  model: LoadedModel | Any, where: str, convert: Callable[[np.ndarray], Any]
-) -> dict[str, PyTree]:
-  """The variables of a model that was loaded with `lazy`, one by one.
-
-  Args:
-    model: has `variables` and the `fingerprint` that they must have.
-    where: what a message calls its folder.
-    convert: what is kept of each array.
-
-  Raises:
-    UserError: the parameters are not those that were saved.
-  """
-  flat, _ = _load_all(
-    trees.flatten(model.variables), model.fingerprint, where, convert
-  )
-  return trees.unflatten(flat)
-
-
-def _load_all(
-  arrays: Mapping[str, Any],
-  stored: str | None,
-  where: str,
-  convert: Callable[[np.ndarray], Any] = lambda array: array,
-) -> tuple[dict[str, Any], str]:
-  """Loads arrays that may be lazy, and compares their fingerprint."""
-  digest = hashlib.sha256()
-  flat = {}
-  for name in sorted(arrays):
-    array = tensor_files.loaded(arrays[name])
-    if name.startswith("params."):
-      _add_to_fingerprint(digest, name.removeprefix("params."), array)
-    flat[name] = convert(array)
-  found = digest.hexdigest()[:16]
-  if stored not in (None, found):
-    raise UserError(
-      f"{pathlib.Path(where) / _WEIGHTS} is damaged: its parameters have the"
-      f" fingerprint {found}, but were saved with {stored}"
-    )
-  return flat, found
-
-
-def _open_run(directory: pathlib.Path) -> dict[str, tensor_files.LazyArray]:
-  """The variables and tables of one step, by the names of a model."""
-  read = functools.cache(functools.partial(_read_run, directory))
-  return {
-    name: tensor_files.LazyArray(
-      zeros.shape, zeros.dtype, functools.partial(lambda n: read()[n], name)
-    )
-    for name, zeros in _read_run(directory, shapes_only=True).items()
-  }
-
-
-def _read_run(
-  directory: pathlib.Path, *, shapes_only: bool = False
-) -> dict[str, np.ndarray]:
-  ema, plain = "state.ema_params.", "state.params."
-  others = {"state.model_state.": "", "tables.": "tables."}
-
-  def select(names: Iterable[str]) -> list[str]:
-    names = list(names)
-    params = ema if any(n.startswith(ema) for n in names) else plain
-    return [n for n in names if n.startswith((params, *others))]
-
-  checkpointer = Checkpointer(directory)
-  _, flat = checkpointer._restore_flat(
-    _best_step(checkpointer), select, shapes_only=shapes_only
-  )
-  prefixes = {ema: "params.", plain: "params.", **others}
-  return {
-    new + name.removeprefix(old): leaf
-    for name, leaf in flat.items()
-    for old, new in prefixes.items()
-    if name.startswith(old)
-  }
-
-
-def _best_step(checkpointer: Checkpointer) -> int | None:
-  """The step that the newest one names as the best; None: it names none."""
-  steps = checkpointer.steps()
-  if not steps:
-    return None
-  with contextlib.suppress(_CorruptError):
-    manifest = _read_manifest(checkpointer._folder(steps[-1]))
-    if _BEST not in manifest["leaves"]:
-      return None
-  _, flat = checkpointer.restore_flat(names=rf"^{re.escape(_BEST)}$")
-  return int(flat[_BEST]) or None if _BEST in flat else None

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from unclip_jax import checkpoints, features, pipelines, trainer
+from unclip_jax import features, pipelines, run_folder, trainer
 from unclip_jax.data import preprocess
 from unclip_jax.evaluators import report
 from unclip_jax.protocols import base
@@ -156,7 +156,7 @@ def of_protocol(out: pathlib.Path) -> list[pathlib.Path]:
 
 def of_run() -> dict[str, Any]:
   """What the evaluators of a config say of one stage."""
-  config = checkpoints.load_config(RUN.value)
+  config = run_folder.load_config(RUN.value)
   if CONFIG.path is not None:
     with config.unlocked():
       config.evals = config_lib.load(CONFIG.path).evals

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from unclip_jax import checkpoints, tensor_files, upstream
+from unclip_jax import model_folder, tensor_files, upstream
 
 Loaded = upstream.Loaded
 
@@ -28,7 +28,7 @@ def load(
   """Loads a run folder or one part of a released model.
 
   A run of adapters comes as the plain model that it stands for;
-  `checkpoints.load_model` gives the adapters alone.
+  `model_folder.load_model` gives the adapters alone.
 
   Args:
     upstream_models: models already in memory that serve as this one's
@@ -54,7 +54,7 @@ def load(
     return model._replace(variables=cast(model.variables))
   # Onto the device once, and not at every call; leaf by leaf, so that no second
   # copy of all is in memory.
-  variables = checkpoints.load_variables(
+  variables = model_folder.load_variables(
     model, path, lambda x: jax.device_put(cast(x))
   )
   return model._replace(variables=variables)

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from unclip_jax import checkpoints, upstream
+from unclip_jax import model_folder, upstream
 from unclip_jax.utils import errors, trees
 
 PyTree = Any
@@ -64,7 +64,7 @@ class InitFrom:
     """
     if not self.path:
       return {}
-    model = checkpoints.load_model(self.path)
+    model = model_folder.load_model(self.path)
     for name, spec in model.config.get("frozen", {}).items():
       if name in frozen:
         upstream.check_fingerprint(

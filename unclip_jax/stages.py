@@ -24,8 +24,9 @@ from PIL import Image
 
 from unclip_jax import (
   __version__,
-  checkpoints,
   inference,
+  model_folder,
+  run_folder,
   tensor_files,
   upstream,
 )
@@ -494,7 +495,7 @@ def run_folders(src: str, first: str) -> dict[str, str]:
 
 def _upstream_folders(path: str) -> dict[str, str]:
   """Name -> folder of the upstream models of a run, and of theirs."""
-  config = upstream.at_home(checkpoints.load_config(path), path)
+  config = upstream.at_home(run_folder.load_config(path), path)
   folders: dict[str, str] = {}
   for name, spec in config.get("frozen", {}).items():
     if not spec.get("path"):
@@ -528,7 +529,7 @@ def upsampler_folders(src: str) -> dict[str, str]:
 def save_part(part: inference.Loaded, folder: str) -> None:
   """Writes one model as a part of a released model (safetensors)."""
   upstream_names = part.config.get("frozen", {})
-  checkpoints.save_model(
+  model_folder.save_model(
     folder,
     part.config,
     part.variables,

@@ -37,8 +37,10 @@ from unclip_jax import (
   flops,
   gradients,
   init_from,
+  model_folder,
   optim,
   partitioning,
+  run_folder,
   timing,
   upstream,
 )
@@ -356,12 +358,12 @@ def train(
   trace = timing.Profile(profile, workdir) if profile is not None else None
   with (
     distributed.ends_together(),
-    checkpoints.workdir_lock(workdir),
+    run_folder.lock(workdir),
     _Stop() as stop,
   ):
     run = setup(config)
     config = run.config
-    checkpoints.check_config(workdir, config, allow_change=allow_config_change)
+    run_folder.check_config(workdir, config, allow_change=allow_config_change)
     checkpointer = checkpoints.Checkpointer(
       os.path.join(workdir, "checkpoints"),
       keep=config.checkpoint.keep,
@@ -371,8 +373,8 @@ def train(
     try:
       state, tables, record = _start(run, workdir, checkpointer)
       # Not earlier: a start that failed leaves a folder that is free.
-      checkpoints.save_config(workdir, config)
-      checkpoints.save_assets(workdir, run.data.assets())
+      run_folder.save_config(workdir, config)
+      run_folder.save_assets(workdir, run.data.assets())
       writer.truncate_after(int(state.step))
       frozen = {**run.frozen, **tables}
       return _loop(
@@ -715,7 +717,7 @@ def evaluate(
   config = upstream.at_home(config, path)
   mesh = partitioning.make_mesh(config.get("mesh", {"data": -1}))
   models = upstream.load(config.frozen)
-  stored = checkpoints.load_model(path)
+  stored = model_folder.load_model(path)
   run = Stage(
     config=config,
     task=tasks_base.build(config, {k: m.task for k, m in models.items()}),

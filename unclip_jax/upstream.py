@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from unclip_jax import checkpoints, tensor_files
+from unclip_jax import model_folder, tensor_files
 from unclip_jax.data import pipeline as data_pipeline
 from unclip_jax.data import tokenizers
 from unclip_jax.tasks import base as tasks_base
@@ -62,7 +62,7 @@ def load_model(
     UserError: no such folder, or an upstream model with other weights than
       those that this model was trained with.
   """
-  stored = checkpoints.load_model(path, abstract=abstract, lazy=lazy)
+  stored = model_folder.load_model(path, abstract=abstract, lazy=lazy)
   config = at_home(stored.config, path)
   models = load(config.get("frozen", {}), given=given, abstract=abstract)
   loaded = Loaded(
@@ -179,7 +179,7 @@ def _plain(loaded: Loaded, models: Mapping[str, Loaded]) -> Loaded:
   return base._replace(
     variables=variables,
     config=config,
-    fingerprint=checkpoints.fingerprint(variables),
+    fingerprint=model_folder.fingerprint(variables),
   )
 
 
@@ -206,7 +206,7 @@ def _fresh(config: ml_collections.ConfigDict, abstract: bool) -> Loaded:
       tables = task.prepare(frozen, batches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
     variables = init(rng, zeros, {**frozen, **tables})
-    fingerprint = checkpoints.fingerprint(variables)
+    fingerprint = model_folder.fingerprint(variables)
   loaded = Loaded(
     task, variables, {**frozen, **tables}, config, None, fingerprint
   )

@@ -18,7 +18,7 @@ import ml_collections
 
 from configs import common, lora
 from configs.paper import clip as paper_clip
-from unclip_jax import checkpoints
+from unclip_jax import run_folder
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
 
@@ -58,7 +58,7 @@ def fine_tune(
   folder = os.path.join(args.model, part)
   if args.lora:
     return lora.get_config(f"base={folder},pictures={args.pictures}")
-  base = checkpoints.load_config(folder).unlock()
+  base = run_folder.load_config(folder).unlock()
   config = common.base()
   config.name = part
   config.data = lora.data(base, folder, args.pictures)

@@ -18,7 +18,7 @@ from safetensors import torch as safetensors_torch  # noqa: E402
 
 from tests import bpe_files  # noqa: E402
 from tests.interop import tiny_clips  # noqa: E402
-from unclip_jax import checkpoints, inference  # noqa: E402
+from unclip_jax import inference, model_folder  # noqa: E402
 from unclip_jax.interop import clip_hf, parts  # noqa: E402
 from unclip_jax.tensor_files import LazyArray  # noqa: E402
 from unclip_jax.utils.errors import UserError  # noqa: E402
@@ -132,7 +132,7 @@ def test_towers_of_two_folders_make_one_clip(model, tmp_path):
     ("clip_vision_model", vision),
   ):
     back = str(tmp_path / kind)
-    clip_hf.write(checkpoints.open_model(whole), back, kind)
+    clip_hf.write(model_folder.open_model(whole), back, kind)
     tower = getattr(transformers, json.loads(
       pathlib.Path(folder, "config.json").read_text()
     )["architectures"][0])  # fmt: skip
@@ -409,7 +409,7 @@ class TestRefused:
       model_name="unclip_jax.models.prior",
       model={},
     )
-    checkpoints.save_model(
+    model_folder.save_model(
       tmp_path / "prior", config, {"params": {"x": np.zeros(1)}}, {}, {}
     )
     with pytest.raises(UserError, match=re.escape("unclip_jax.models.prior")):

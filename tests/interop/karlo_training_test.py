@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from tests.interop import torch_karlo  # noqa: E402
-from unclip_jax import checkpoints, inference, pipelines, stages, trainer  # noqa: E402
+from unclip_jax import inference, model_folder, pipelines, stages, trainer  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.utils import config as config_lib  # noqa: E402
 
@@ -63,8 +63,8 @@ def test_a_run_starts_where_the_public_weights_are(folders, name, tmp_path):
   config = _config(folders, name)
   config.optim.learning_rate = 0.0
   trainer.train(config, str(tmp_path))
-  given = checkpoints.load_model(folders / "ours" / name)
-  found = checkpoints.load_model(tmp_path)
+  given = model_folder.load_model(folders / "ours" / name)
+  found = model_folder.load_model(tmp_path)
   assert found.fingerprint == given.fingerprint
   assert found.tables.keys() == given.tables.keys()
   if name == "upsampler_32":
@@ -99,7 +99,7 @@ def test_what_was_trained_goes_back_to_diffusers(folders, tmp_path):
 def test_adapters_on_the_decoder(folders, tmp_path):
   config = _config(folders, "decoder", "lora")
   trainer.train(config, str(tmp_path))
-  adapters = checkpoints.load_model(tmp_path).variables["params"]
+  adapters = model_folder.load_model(tmp_path).variables["params"]
   base = inference.load(str(folders / "ours" / "decoder"))
   merged = inference.load(str(tmp_path))
   assert merged.fingerprint != base.fingerprint

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from unclip_jax import checkpoints, trainer
+from unclip_jax import run_folder, trainer
 from unclip_jax.data import tokenizers
 from unclip_jax.interop import word_vectors
 from unclip_jax.utils import config as config_lib
@@ -95,7 +95,7 @@ def test_a_run_starts_with_them(tokenizer, path, tmp_path):
   given = run.init_from.load({}, {"params": shapes.params, "tables": {}})
   assert list(given) == ["params.text_encoder.token_embed.embedding"]
   np.testing.assert_array_equal(*given.values(), table.embedding)
-  assert checkpoints.load_config(folder).name == "word_vectors"
+  assert run_folder.load_config(folder).name == "word_vectors"
 
 
 @pytest.mark.parametrize(

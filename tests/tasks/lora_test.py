@@ -17,6 +17,8 @@ from unclip_jax import (
   checkpoints,
   gradients,
   inference,
+  model_folder,
+  run_folder,
   stages,
   trainer,
   upstream,
@@ -36,10 +38,10 @@ def parts(tmp_path_factory):
   with config.unlocked():
     config.frozen.clip = dict(path=str(folder / "clip"))
   random_models.save(folder / "prior", config)
-  stored = checkpoints.load_config(folder / "prior")
+  stored = run_folder.load_config(folder / "prior")
   with stored.unlocked():
     stored.frozen.clip.path = "../clip"
-  checkpoints.save_config(folder / "prior", stored)
+  run_folder.save_config(folder / "prior", stored)
   return folder
 
 
@@ -125,7 +127,7 @@ def test_the_base_brings_its_upstream_model_and_its_table(setup, parts):
   assert run.frozen.keys() == {"base"}
   own = run.frozen["base"]["frozen"]
   assert own.keys() == {"clip", "embedding_space"}
-  clip = checkpoints.load_model(parts / "clip")
+  clip = model_folder.load_model(parts / "clip")
   jax.tree.map(np.testing.assert_array_equal, own["clip"], clip.variables)
   tokenizer = str(parts / "prior" / "tokenizer.model")
   assert run.data.assets() == {"tokenizer.model": tokenizer}
@@ -155,7 +157,7 @@ def test_a_loaded_run_is_the_plain_model(trained, setup, parts, tmp_path):
   run, base, batch, adapted, plain = setup
   loaded = inference.load(str(trained))
   assert loaded.task == base.task
-  adapters = checkpoints.load_model(trained).variables
+  adapters = model_folder.load_model(trained).variables
   for a, b in zip(
     adapted(adapters, run.frozen, batch),
     plain(loaded.variables, loaded.frozen, batch),
@@ -200,11 +202,11 @@ def test_a_converted_base_has_no_data_and_no_tokenizer(parts, tmp_path):
   shutil.copytree(parts / "prior", base)
   (tmp_path / "clip").symlink_to(parts / "clip")
   (base / "tokenizer.model").unlink()
-  stored = checkpoints.load_config(base).to_dict()
-  clip = checkpoints.load_config(parts / "clip").model
+  stored = run_folder.load_config(base).to_dict()
+  clip = run_folder.load_config(parts / "clip").model
   known = ("name", "seed", "task_name", "task", "model_name", "model", "frozen")
   stored = ml_collections.ConfigDict({k: stored[k] for k in known})
-  checkpoints.save_config(base, stored)
+  run_folder.save_config(base, stored)
   with pytest.raises(errors.UserError, match="names no data: give yours"):
     lora_config(base)
 
@@ -227,7 +229,7 @@ def test_a_converted_base_has_no_data_and_no_tokenizer(parts, tmp_path):
   # A base that was trained here keeps its evaluators and sizes.
   config = f"configs/lora.py:base={parts / 'prior'},pictures={pictures}"
   config = config_lib.load(config)
-  stored = checkpoints.load_config(parts / "prior")
+  stored = run_folder.load_config(parts / "prior")
   assert config.data.preprocess == stored.data.preprocess
   assert {*config.evals} == {*stored.evals}
   assert all(config.evals[name].split == "train" for name in config.evals)
@@ -236,10 +238,10 @@ def test_a_converted_base_has_no_data_and_no_tokenizer(parts, tmp_path):
 def test_adapters_of_another_base_are_refused(trained, parts, tmp_path):
   folder = tmp_path / "lora"
   shutil.copytree(trained, folder)
-  config = checkpoints.load_config(folder)
+  config = run_folder.load_config(folder)
   with config.unlocked():
     config.frozen.base.path = str(parts / "clip")
-  checkpoints.save_config(folder, config)
+  run_folder.save_config(folder, config)
   with pytest.raises(errors.UserError, match="trained with the base"):
     inference.load(str(folder))
 

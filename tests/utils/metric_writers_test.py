@@ -9,19 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from absl import logging
 from tensorboardX.proto import event_pb2
 
 from unclip_jax.utils import metric_writers
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-  seen = []
-  monkeypatch.setattr(
-    logging, "warning", lambda text, *args: seen.append(text % args)
-  )
-  return seen
 
 
 def _rows(workdir):

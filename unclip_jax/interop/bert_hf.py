@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip_jax import checkpoints, tensor_files
+from unclip_jax import model_folder, tensor_files
 from unclip_jax.data import tokenizers
 from unclip_jax.interop import correspondence, parts
 from unclip_jax.interop.correspondence import Pair, dense, norm, same
@@ -64,7 +64,7 @@ def convert_out(model: str, out: str) -> None:
   Raises:
     UserError: it is no BERT.
   """
-  write(checkpoints.open_model(model), out)
+  write(model_folder.open_model(model), out)
 
 
 def read(folder: str) -> parts.Part:
@@ -163,7 +163,7 @@ def _tokenizer_assets(
   return {vocab.name: vocab.read_bytes(), config.name: content}
 
 
-def write(model: checkpoints.OpenModel, folder: str) -> None:
+def write(model: model_folder.OpenModel, folder: str) -> None:
   """Writes a BERT for transformers' `from_pretrained`.
 
   Raises:

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from unclip_jax import checkpoints, tensor_files
+from unclip_jax import model_folder, tensor_files
 from unclip_jax.data import tokenizers
 from unclip_jax.interop import clip as clip_parts
 from unclip_jax.interop import correspondence, parts
@@ -97,7 +97,7 @@ def convert_out(model: str, out: str) -> None:
   Raises:
     UserError: it is no CLIP, or no folder of transformers can hold it.
   """
-  write(checkpoints.open_model(model), out)
+  write(model_folder.open_model(model), out)
 
 
 def read(*folders: str, tokenizer: str | None = None) -> parts.Part:
@@ -229,7 +229,7 @@ def _pad_token(folder: str) -> str:
 
 
 def write(
-  model: checkpoints.OpenModel, folder: str, kind: str = "clip"
+  model: model_folder.OpenModel, folder: str, kind: str = "clip"
 ) -> None:
   """Writes a CLIP, or a tower of it, for transformers' `from_pretrained`.
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from unclip_jax import checkpoints, tensor_files
+from unclip_jax import model_folder, tensor_files
 from unclip_jax.data import tokenizers
 from unclip_jax.interop import clip_hf, clip_openai, parts
 from unclip_jax.interop import correspondence as corr
@@ -131,7 +131,7 @@ def convert_out(model: str, out: str) -> None:
     )
   index: dict[str, Any] = {"_class_name": "UnCLIPPipeline"}
   for name in names:
-    stored = checkpoints.open_model(os.path.join(model, name))
+    stored = model_folder.open_model(os.path.join(model, name))
     if name == "clip":
       index |= _write_clip(stored, out)
       continue
@@ -154,7 +154,7 @@ def convert_out(model: str, out: str) -> None:
   _write_json(os.path.join(out, "model_index.json"), index)
 
 
-def _write_clip(stored: checkpoints.OpenModel, out: str) -> dict[str, Any]:
+def _write_clip(stored: model_folder.OpenModel, out: str) -> dict[str, Any]:
   """Both towers and the tokenizer; entries of the index."""
   text = os.path.join(out, "text_encoder")
   clip_hf.write(stored, text, "clip_text_model")

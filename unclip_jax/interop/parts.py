@@ -1,6 +1,6 @@
 """A part of a model made of foreign weights, and how its folder is written.
 
-The folder is that of any released part (checkpoints.py): `inference.load`
+The folder is that of any released part (model_folder.py): `inference.load`
 reads it, and `config.frozen.NAME.path` takes it. Its config names the task and
 the model and nothing else: there was no run, so there are no data, optimizer or
 evaluators in it.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from unclip_jax import checkpoints
+from unclip_jax import model_folder, run_folder
 from unclip_jax.tensor_files import LazyArray
 from unclip_jax.utils import files
 
@@ -73,7 +73,7 @@ def write(folder: str, part: Part) -> str:
   path.mkdir(parents=True, exist_ok=True)
   for name, content in part.assets.items():
     files.write_atomically(path / name, content)
-  fingerprint = checkpoints.save_arrays(path, part.arrays)
+  fingerprint = model_folder.save_arrays(path, part.arrays)
   # Last: a folder without it is no part.
-  checkpoints.save_config(path, part.config)
+  run_folder.save_config(path, part.config)
   return fingerprint
