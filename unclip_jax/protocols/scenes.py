@@ -21,7 +21,7 @@ from unclip_jax.utils import errors
 _DECODINGS: dict[str, tuple[str, dict[str, Any]]] = {
   "prior": ("text_to_image", {}),
   "text_embed": ("text_embed_to_image", {}),
-  "caption": ("text_to_image", {"use_image_embed": False}),
+  "caption": ("text_embed_to_image", {"use_image_embed": False}),
 }
 
 
