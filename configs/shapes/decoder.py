@@ -7,10 +7,8 @@ Beside `decoder_text.py`, which has captions alone, it asks what the paper's
 section 7 asks: what of a scene does the CLIP's embedding not hold?
 `--config.task.sample_options.use_text=false` draws from the embedding alone.
 
-`:quick` is a fifth of it, an hour on one core: drawn from captions by way of
-the prior, 68 % of the colours are right (chance 15 %), 11 % of the objects (2),
-shapes not yet; `decoder_text.py:quick` has 21 and 3 %. `:smoke` trains two
-steps.
+`:quick` is a fifth of it, an hour on one core; configs/README.md says what it
+draws beside `decoder_text.py:quick`. `:smoke` trains two steps.
 """
 
 from __future__ import annotations
