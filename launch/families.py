@@ -327,9 +327,7 @@ def gather(out: pathlib.Path) -> None:
     if not path.exists():
       continue
     report = json.loads(path.read_text(encoding="utf-8"))
-    sessions = [x for stage in stages for x in _sessions(out / stage.run)]
-    minutes = sum(session["wall_seconds"] for session in sessions) / 60
-    rows.append({"family": name, "minutes": minutes, **report["rows"][0]})
+    rows.append({"family": name, **_minutes(stages, out), **report["rows"][0]})
     strips.setdefault("true", path.with_suffix(".true.png"))
     strips[name] = path.with_suffix(".drawn.png")
   if not rows:
@@ -341,6 +339,15 @@ def gather(out: pathlib.Path) -> None:
   files.write_atomically(out / "families.md", table + "\n")
   sheet(strips).save(out / "families.png")
   print(f"\n{table}\n\nwritten: {out}/families.json, .md, .png")
+
+
+def _minutes(stages: tuple[Stage, ...], out: pathlib.Path) -> dict[str, float]:
+  """`minutes` that the trainings took; {} where a run is there no more."""
+  runs = [out / stage.run for stage in stages]
+  if not all((run / "timing.json").exists() for run in runs):
+    return {}
+  seconds = [x["wall_seconds"] for run in runs for x in _sessions(run)]
+  return {"minutes": sum(seconds) / 60}
 
 
 def sheet(strips: Mapping[str, pathlib.Path], scale: int = 2) -> Image.Image:

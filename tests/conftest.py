@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import hypothesis
 import pytest
+from absl import logging
 
 if "jax" in sys.modules:
   raise RuntimeError(
@@ -146,9 +147,6 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
   """What is logged as a warning, each as one text."""
-  # Here and not above: absl is the package's, which tests choose to import.
-  from absl import logging
-
   seen: list[str] = []
   monkeypatch.setattr(
     logging, "warning", lambda text, *args: seen.append(text % args)

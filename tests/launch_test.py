@@ -531,9 +531,32 @@ def test_steps_of_a_family_fill_its_time(run_python, tmp_path):
     )
     assert families.measure(stage, out)
     print(families._num_steps(stage, out))
+
+    # Of what was trained elsewhere there is a report, and no run.
+    (out / "reports").mkdir()
+    report = out / "reports" / "gan.json"
+    report.write_text(json.dumps({"rows": [{"count": 6}]}))
+    for name in ("true", "drawn"):
+      picture = families.Image.new("RGB", (16, 8))
+      picture.save(report.with_suffix(f".{name}.png"))
+    for times in ([], [90.0, 30.0]):
+      if times:
+        (out / "gan").mkdir()
+        sessions = [{"wall_seconds": x} for x in times]
+        (out / "gan" / "timing.json").write_text(
+          json.dumps({"sessions": sessions})
+        )
+      families.gather(out)
+      (row,) = json.loads((out / "families.json").read_text())["rows"]
+      print(json.dumps(row))
   """)
-  output = run_python("-c", code, str(tmp_path)).stdout
-  assert int(output) == int(2 * (0.3 * 600 - 30))
+  lines = run_python("-c", code, str(tmp_path)).stdout.splitlines()
+  assert int(lines[0]) == int(2 * (0.3 * 600 - 30))
+  rows = [json.loads(line) for line in lines if line.startswith("{")]
+  assert rows == [
+    {"family": "gan", "count": 6},
+    {"family": "gan", "minutes": 2.0, "count": 6},
+  ]
 
 
 CONFIG = """
