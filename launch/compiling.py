@@ -12,7 +12,7 @@ import ml_collections
 
 from launch import hlo
 from launch.topologies import TOPOLOGIES
-from unclip_jax import flops, trainer
+from unclip_jax import evaluation, flops, trainer
 from unclip_jax.utils.errors import UserError
 
 # Products gathered in windows are for layers split over `tensor`; with sharded
@@ -64,7 +64,7 @@ def compile_part(
     predict = run.task.predict_fns().get("sample")
     if predict is None:
       raise UserError(f"'{config.name}' draws nothing: compile --part=train")
-    function = trainer.compile_predict(run, predict)
+    function = evaluation.compile_predict(run, predict)
     rows = config.eval_batch_size
     args = ({"params": state.params, **state.model_state}, frozen, batch, rng)
     total = flops.count(predict, *args)

@@ -67,7 +67,7 @@ GATHER_ONLY = flags.DEFINE_bool(
   "gather_only", False, "Train nothing, gather what there is."
 )
 METRICS = flags.DEFINE_string(
-  "metrics", "train/loss$|eval/", "A regex: what the table holds."
+  "metrics", "train/loss$|eval/|best/", "A regex: what the table holds."
 )
 CURVE = flags.DEFINE_string("curve", "train/loss", "The metric to plot.")
 flags.adopt_module_key_flags(jobs)

@@ -46,6 +46,10 @@ ALLOWED: dict[str, set[str]] = {
   "upstream": {"model_folder", "data", "tasks.base", "tensor_files", "utils"},
   "init_from": {"model_folder", "upstream", "utils"},
   "features": {"upstream", "partitioning", "data", "evaluators", "utils"},
+  "evaluation": {
+    *("features", "model_folder", "partitioning", "data", "upstream"),
+    *("tasks.base", "train_state", "utils"),
+  },
   "gradients": {"optim", "partitioning", "tasks.base", "utils"},
 }
 # The config gives the trainer the module paths of the models and tasks.

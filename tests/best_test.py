@@ -104,9 +104,21 @@ def test_the_run_ends_two_evaluations_after_its_best(stopped):
   assert least in kept and max(found) in kept
 
 
-def test_what_is_asked_for_at_the_end_is_found_there(stopped):
+def test_at_the_end_the_best_step_is_evaluated(stopped):
   workdir, _ = stopped
-  assert list(losses(workdir, "eval/at_end/loss")) == [max(losses(workdir))]
+  found, end = losses(workdir), max(losses(workdir))
+  for name in ("loss", "at_end"):
+    assert losses(workdir, f"best/{name}/loss") == {end: min(found.values())}
+  assert found[end] > min(found.values())
+  assert not losses(workdir, "eval/at_end/loss")
+
+
+def test_a_last_step_that_is_the_best_is_evaluated_once(tmp_path):
+  config = config_of(num_steps=2)
+  trainer.train(config, str(tmp_path))
+  found = losses(tmp_path)
+  assert found[2] < found[1]
+  assert losses(tmp_path, "best/loss/loss") == {2: found[2]}
 
 
 def test_whoever_loads_the_run_gets_the_best_step(stopped):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import common
-from unclip_jax import partitioning, trainer
+from unclip_jax import evaluation, partitioning, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import trees
 
@@ -103,7 +103,7 @@ def test_a_variant_can_be_trained(path):
   """Traced and not compiled, which takes ten times as long."""
   config = config_lib.load(str(ROOT / path) + ":smoke")
   run = trainer.setup(config, abstract=True)
-  assert set(trainer.build_evals(run)) == set(config.evals)
+  assert set(evaluation.build(run)) == set(config.evals)
   shapes = trainer.step_shapes(run)
   state, metrics = jax.eval_shape(run.train_step(), *shapes)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
@@ -123,7 +123,7 @@ def test_smoke_trains_evaluates_and_saves(path, tmp_path):
   config = config_lib.load(str(ROOT / path) + ":smoke")
   if "/emoji/" not in path:
     # Built but not run: to compile a sampler takes longer than both steps.
-    built = trainer.build_evals(trainer.setup(config))
+    built = evaluation.build(trainer.setup(config))
     assert set(built) == set(config.evals)
     config.evals = {}
   state = trainer.train(config, str(tmp_path))

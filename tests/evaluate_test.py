@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import random_pipelines, random_variables, tiny_features
-from unclip_jax import inference, model_folder, run_folder, trainer
+from unclip_jax import evaluation, inference, model_folder, run_folder, trainer
 from unclip_jax.metrics import frechet
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors
@@ -42,7 +42,7 @@ def test_features_of_what_a_stage_draws_are_compared(stage, network):
         batch_size=6,
       )
     )
-  found = trainer.evaluate(stage, config)["fid"]
+  found = evaluation.evaluate(stage, config)["fid"]
   model = inference.load(stage)
   run = trainer.setup(config)
   drawn, true = [], []
@@ -103,7 +103,7 @@ def test_the_program_on_a_model(network, tmp_path, run_python):
 
 def test_a_converted_model_knows_no_data(network):
   with pytest.raises(errors.UserError, match="was converted"):
-    trainer.evaluate(network, run_folder.load_config(network))
+    evaluation.evaluate(network, run_folder.load_config(network))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import random_variables
-from unclip_jax import checkpoints, run_folder, trainer
+from unclip_jax import checkpoints, evaluation, run_folder, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
 
@@ -242,5 +242,5 @@ def test_describe_counts_the_parameters():
 
 def test_an_evaluator_is_switched_off():
   config = smoke("clip", evals__zero_shot="{}")
-  built = trainer.build_evals(trainer.setup(config))
+  built = evaluation.build(trainer.setup(config))
   assert set(built) == set(config.evals) - {"zero_shot"}

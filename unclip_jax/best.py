@@ -3,8 +3,9 @@
 Early stopping: a run ends when a metric has not improved in so many evaluations
 in a row (Prechelt 1998, "Early stopping - but when?", the criterion UP). The
 checkpoint of the best step is kept beside the newest ones, and it is what
-whoever loads the run gets. What is known of the best step is a part of each
-checkpoint, so that a resumed run decides as an uninterrupted one.
+whoever loads the run gets; at the end the run's evaluators look at it. What is
+known of the best step is a part of each checkpoint, so that a resumed run
+decides as an uninterrupted one.
 """
 
 from __future__ import annotations

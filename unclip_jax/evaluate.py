@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from unclip_jax import features, pipelines, run_folder, trainer
+from unclip_jax import evaluation, features, pipelines, run_folder
 from unclip_jax.data import preprocess
 from unclip_jax.evaluators import report
 from unclip_jax.protocols import base
@@ -160,7 +160,7 @@ def of_run() -> dict[str, Any]:
   if CONFIG.path is not None:
     with config.unlocked():
       config.evals = config_lib.load(CONFIG.path).evals
-  return trainer.evaluate(RUN.value, CONFIG.over(config))
+  return evaluation.evaluate(RUN.value, CONFIG.over(config))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,11 +33,10 @@ from unclip_jax import (
   best,
   checkpoints,
   distributed,
-  features,
+  evaluation,
   flops,
   gradients,
   init_from,
-  model_folder,
   optim,
   partitioning,
   run_folder,
@@ -158,22 +157,7 @@ def _keys_of_examples(
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-  """What evaluators need of a config, built."""
-
-  config: ml_collections.ConfigDict
-  task: tasks_base.Task
-  data: data_pipeline.DataPipeline
-  mesh: jax.sharding.Mesh
-
-  @property
-  def axis_rules(self) -> axes.Rules:
-    """Logical axis -> mesh axes."""
-    return dict(self.config.get("axis_rules", {}))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup(Stage):
+class Setup(evaluation.Stage):
   """What a config describes, built, with no parameter allocated yet."""
 
   tx: optax.GradientTransformation
@@ -493,7 +477,7 @@ def _loop(
   train_step = run.backend.compile(
     run.train_step(), jax.tree.map(lambda x: x.sharding, state)
   )
-  evals = build_evals(run)
+  evals = evaluation.build(run)
   run.best.check(evals)
   start = step = int(state.step)
   batches = run.data.train_batches(
@@ -509,18 +493,13 @@ def _loop(
       keep_step=best.step_of(record),
     )
 
-  def look(step: int, names: Iterable[str]) -> dict[str, best.Record]:
-    """Runs evaluators; gives what is known of the best step after them."""
-    found = record
-    for name in names:
-      with timer.part("evaluation"), watchdog.paused():
-        variables = evals[name].variables(run.backend.on_mesh(state))
-        results = evals[name](variables, frozen)
-        metric_writers.write_results(
-          writer, step, {f"eval/{name}/{k}": v for k, v in results.items()}
-        )
-        found = run.best.update(found, step, name, results)
-    return found
+  def look(name: str, state: TrainState) -> dict[str, Any]:
+    with timer.part("evaluation"), watchdog.paused():
+      return evals[name](evals[name].variables(state), frozen)
+
+  def write(step: int, prefix: str, results: Mapping[str, Any]) -> None:
+    named = {f"{prefix}/{k}": v for k, v in results.items()}
+    metric_writers.write_results(writer, step, named)
 
   if trace is not None:
     train_step = trace.wrap(train_step, start, config.num_steps)
@@ -568,12 +547,24 @@ def _loop(
         for name, evaluate in evals.items()
         if step % evaluate.every_steps == 0 or step == config.num_steps
       ]
-      record = look(step, due)
-      if run.best.is_over(record):
-        stopping = last = True
-        # As at the end of any other run.
-        look(step, [name for name in evals if name not in due])
-      is_best = step == best.step_of(record)
+      found = {}
+      for name in due:
+        found[name] = look(name, run.backend.on_mesh(state))
+        write(step, f"eval/{name}", found[name])
+        record = run.best.update(record, step, name, found[name])
+      is_over = run.best.is_over(record)
+      stopping, last = stopping or is_over, last or is_over
+      best_step = best.step_of(record)
+      if best_step and (is_over or step == config.num_steps):
+        if best_step != step:
+          with timer.part("checkpoint"), watchdog.paused():
+            kept = _load_evaluated(
+              checkpointer, best_step, run.backend.on_mesh(state)
+            )
+          found = {name: look(name, kept) for name in evals}
+        for name, results in found.items():
+          write(step, f"best/{name}", results)
+      is_best = step == best_step
       if step % config.checkpoint.every_steps == 0 or last or is_best:
         with timer.part("checkpoint"), watchdog.paused():
           save(step)
@@ -589,6 +580,19 @@ def _loop(
   elif step < config.num_steps:
     logging.info("stopped at step %d; the same command goes on", step)
   return state
+
+
+def _load_evaluated(
+  checkpointer: checkpoints.Checkpointer, step: int, state: TrainState
+) -> TrainState:
+  """What evaluators see of an earlier step, laid out as in `state`."""
+  # Named as in checkpoints, without the optimizer's moments.
+  names = ("params", "ema_params", "model_state")
+  here = {"state": {name: getattr(state, name) for name in names}}
+  _, flat = checkpointer.restore_flat(step, lambda _: list(trees.flatten(here)))
+  shardings = jax.tree.map(lambda x: x.sharding, here)
+  loaded = jax.device_put(trees.unflatten_like(here, flat), shardings)
+  return state.replace(**loaded["state"])
 
 
 def _peak_steps_per_second(run: Setup) -> float | None:
@@ -612,144 +616,6 @@ def _check_finite(
       f"than config.max_nonfinite_updates {config.max_nonfinite_updates}: "
       f"step {step} is saved; lower config.optim.learning_rate"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Eval:
-  """One entry of `config.evals`, ready to run on a model."""
-
-  evaluator: Any
-  predict: Callable[..., dict[str, jax.Array]]
-  batches: Any
-  info: Callable[[int], dict[str, Any]]
-  every_steps: int
-  use_ema: bool
-  rng: jax.Array
-  mesh: jax.sharding.Mesh
-  network: features.Features | None
-
-  def variables(self, state: TrainState) -> PyTree:
-    """Those of a state that are evaluated."""
-    params = state.ema_params if self.use_ema else state.params
-    return {"params": params, **state.model_state}
-
-  def __call__(
-    self, variables: PyTree, frozen: Mapping[str, PyTree]
-  ) -> dict[str, Any]:
-    def predict(batch: Mapping[str, Any]) -> dict[str, Any]:
-      placed = partitioning.spread(batch, self.mesh)
-      return jax.device_get(self.predict(variables, frozen, placed, self.rng))
-
-    if self.network is not None:
-      predict = self.network.beside(predict, self.info)
-    return dict(self.evaluator.run(predict, self.batches, self.info))
-
-
-def build_evals(run: Stage) -> dict[str, _Eval]:
-  """The evaluators of `config.evals`; equal predict functions are shared.
-
-  Raises:
-    UserError: an unknown evaluator, predict function or field.
-  """
-  config = run.config
-  predict_fns = run.task.predict_fns()
-  jitted: dict[str, Any] = {}
-  networks: dict[str, features.Features] = {}
-  evals = {}
-  for name, spec in config.evals.items():
-    fields = dict(spec.items())
-    if not fields:  # switched off, by --config.evals.NAME={}
-      continue
-    where = f"config.evals.{name}"
-    pred = fields.pop("pred")
-    if pred not in predict_fns:
-      raise errors.UserError(
-        f"{where}.pred '{pred}' is unknown"
-        + config_lib.suggest(pred, predict_fns)
-      )
-    jitted.setdefault(pred, compile_predict(run, predict_fns[pred]))
-    path = fields.pop("features", None)
-    if path and path not in networks:
-      networks[path] = features.load(path, run.mesh)
-    split = fields.pop("split", "validation")
-    batches = run.data.eval_batches(
-      split,
-      fields.pop("batch_size", config.eval_batch_size),
-      fields.pop("max_examples", None),
-    )
-    evals[name] = _Eval(
-      every_steps=fields.pop("every_steps", config.eval_every_steps),
-      use_ema=fields.pop("use_ema", True),
-      evaluator=config_lib.instantiate(fields.pop("type"), "Evaluator", fields),
-      predict=jitted[pred],
-      batches=batches,
-      info=lambda index, split=split: run.data.example_info(index, split),
-      rng=jax.random.key(config.seed),
-      mesh=run.mesh,
-      network=networks[path] if path else None,
-    )
-  return evals
-
-
-def evaluate(
-  path: str, config: ml_collections.ConfigDict
-) -> dict[str, dict[str, Any]]:
-  """Runs the evaluators of `config.evals` on a trained model.
-
-  Args:
-    path: a run folder, or one part of a released model. Of a run the moving
-      average is what counts, whatever `use_ema` says.
-    config: the model's own, in which the evaluators and the task's options may
-      be others.
-
-  Returns:
-    Evaluator -> name -> number, or picture in [-1, 1].
-
-  Raises:
-    UserError: there is no such folder, it names no data, or the config is
-      wrong.
-  """
-  if "data" not in config:
-    raise errors.UserError(
-      f"the model in {path} was converted, and does not say what data it is"
-      " for: fine-tune it on data of yours first"
-    )
-  config = upstream.at_home(config, path)
-  mesh = partitioning.make_mesh(config.get("mesh", {"data": -1}))
-  models = upstream.load(config.frozen)
-  stored = model_folder.load_model(path)
-  run = Stage(
-    config=config,
-    task=tasks_base.build(config, {k: m.task for k, m in models.items()}),
-    data=data_pipeline.DataPipeline.from_config(
-      config.data,
-      seed=config.seed,
-      assets_dir=upstream.assets_dir(stored.assets_dir, models),
-    ),
-    mesh=mesh,
-  )
-  frozen = {"model": stored.variables, **upstream.frozen_of(models)}
-  rules = config.get("sharding", ((".*", "replicate"),))
-  shardings = partitioning.frozen_shardings(frozen, rules, mesh)
-  frozen = jax.device_put(frozen, shardings)
-  variables = frozen.pop("model")
-  frozen |= jax.device_put(stored.tables, partitioning.replicated(mesh))
-  return {
-    name: evaluator(variables, frozen)
-    for name, evaluator in build_evals(run).items()
-  }
-
-
-def compile_predict(
-  run: Stage, predict_fn: tasks_base.PredictFn
-) -> tasks_base.PredictFn:
-  """On the mesh, with results that every process has whole."""
-
-  def predict(*args: Any) -> dict[str, jax.Array]:
-    with axes.use(run.mesh, run.axis_rules):
-      return predict_fn(*args)
-
-  return jax.jit(predict, out_shardings=partitioning.replicated(run.mesh))
 
 
 class _Stop:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tests import fake_tokenizer, pinned_step, random_variables
-from unclip_jax import trainer
+from unclip_jax import evaluation, trainer
 from unclip_jax.models import mim as mim_model
 from unclip_jax.tasks import image_tokens, mim
 from unclip_jax.utils import config as config_lib
@@ -223,7 +223,7 @@ def test_the_other_target_of_a_config_can_be_trained(config):
   """Traced and not compiled."""
   config = config_lib.load(f"configs/baselines/{config},smoke")
   run = trainer.setup(config, abstract=True)
-  assert set(trainer.build_evals(run)) == set(config.evals)
+  assert set(evaluation.build(run)) == set(config.evals)
   _, metrics = jax.eval_shape(run.train_step(), *trainer.step_shapes(run))
   assert metrics["loss"].shape == ()
   with pytest.raises(errors.UserError, match="target=sound is not one of"):

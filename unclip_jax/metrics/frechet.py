@@ -8,7 +8,7 @@ means m, n and covariances A, B
 With Inception features (models/inception.py) it is the FID. `Moments` are
 gathered batch by batch and merged (Chan et al. 1979), all in float64: parts of
 a data set, on one host or many, give what the whole gives at once. Evaluators
-see whole batches on every host (trainer.compile_predict), so that nothing is
+see whole batches on every host (evaluation.compile_predict), so that nothing is
 left to be merged there.
 
 Deviation: released code takes the matrix root by scipy.linalg.sqrtm, or the
