@@ -1,9 +1,10 @@
 """kill -9 at random moments: the run that goes on ends with the same bits.
 
-UNCLIP_KILLS sets how often a run is killed (default 2, to be quick), and
+Once while it starts, and then UNCLIP_KILLS times (default 2, to be quick).
 UNCLIP_SLOW=1 has a run of each system killed.
 """
 
+import json
 import os
 import pathlib
 import random
@@ -45,7 +46,11 @@ def _command(config, workdir):
 
 
 def _kill(process, workdir, step, seconds):
-  """Kills a run so long after it saved a step; False: it ended by itself."""
+  """Kills a run so long after it saved a step, or after its start for step 0.
+
+  Returns:
+    False where it had ended by itself.
+  """
   checkpointer = checkpoints.Checkpointer(workdir / "checkpoints")
   while process.poll() is None and (checkpointer.steps() or [0])[-1] < step:
     time.sleep(0.01)
@@ -69,15 +74,19 @@ def test_killed_runs_end_with_the_same_bits(config, tmp_path):
   subprocess.run(_command(config, whole), **run)
   rng = random.Random(config)
   saved = range(SAVED_EVERY, NUM_STEPS // 2 + 1, SAVED_EVERY)
-  steps = sorted(rng.choices(saved, k=KILLS))
-  for step in steps:
+  timing = json.loads((whole / "timing.json").read_text())
+  startup = timing["sessions"][0]["seconds"]["startup"]
+  # At any moment of the steps up to the next checkpoint, or of its writing.
+  moments = [
+    (step, rng.uniform(0, 0.3)) for step in sorted(rng.choices(saved, k=KILLS))
+  ]
+  for step, seconds in [(0, rng.uniform(0, startup)), *moments]:
     process = subprocess.Popen(
       _command(config, killed),
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
-    # At any moment of the steps up to the next checkpoint, or of its writing.
-    assert _kill(process, killed, step, rng.uniform(0, 0.3))
+    assert _kill(process, killed, step, seconds)
   last = subprocess.run(_command(config, killed), **run)
   assert "corrupt" not in last.stderr
   _, expected = checkpoints.Checkpointer(whole / "checkpoints").restore_flat()
