@@ -75,10 +75,10 @@ def log_of(workdir, i):
   return pathlib.Path(f"{workdir}.{i}.log").read_text()
 
 
-def losses(workdir):
+def losses(workdir, metric="train/loss"):
   path = pathlib.Path(workdir) / "metrics.jsonl"
   rows = [json.loads(x) for x in path.open()] if path.exists() else []
-  return {x["step"]: x["train/loss"] for x in rows if "train/loss" in x}
+  return {x["step"]: x[metric] for x in rows if metric in x}
 
 
 def last_leaves(workdir):
@@ -117,6 +117,30 @@ def test_two_processes_equal_one(name, flags, tmp_path, run_python):
   assert len((two / "metrics.jsonl").read_text().splitlines()) == len(
     (one / "metrics.jsonl").read_text().splitlines()
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "flags", [MESH, ["--config.parallel=pmap"]], ids=["jit", "pmap"]
+)
+def test_two_processes_look_at_the_best_step(flags, tmp_path):
+  """Which is loaded from disk again: it is not the last one."""
+  workdir = tmp_path / "run"
+  flags = [
+    *flags,
+    *("--config.num_steps=12", "--config.optim.learning_rate=0.3"),
+    *("--config.eval_every_steps=1", "--config.evals.samples={}"),
+    "--config.ema_decay=0.0",
+    "--config.checkpoint.best.metric=eval/loss/loss",
+    "--config.checkpoint.best.patience=2",
+  ]
+  with two_processes("upsampler", workdir, *flags) as processes:
+    codes = [process.wait(timeout=240) for process in processes]
+  assert codes == [0, 0], log_of(workdir, 0) + log_of(workdir, 1)
+  found = losses(workdir, "eval/loss/loss")
+  least, end = min(found, key=found.get), max(found)
+  assert end == least + 2 < 12
+  assert losses(workdir, "best/loss/loss") == {end: found[least]}
 
 
 def wait_for_step(workdir, step, processes):
