@@ -27,11 +27,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.task = dict(
     # 6.6 in the paper, where a code stands for 192 values and not for 48.
     kl_weight=1.0,
-    kl_steps=500,
+    kl_steps=0,  # 5,000 of 3 million there
     start_temperature=1.0,
     end_temperature=1 / 16,
-    temperature_steps=2500,
-    min_log_scale=-4.0,  # backgrounds are exactly white
+    temperature_steps=1500,
+    min_log_scale=-2.0,  # backgrounds are exactly white
   )
   config.model_name = "unclip_jax.models.dvae"
   config.model = dict(
@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     channel_mult=(1, 2, 4),
     num_res_blocks=2,
     codebook_width=128,
+    logit_scale=4.0,
   )
 
   config.num_steps = 3500  # of 1 s of one core each

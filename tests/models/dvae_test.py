@@ -45,6 +45,25 @@ def test_bfloat16_and_remat_are_close_to_float32(variables):
   assert 0 < error < 0.05 * np.linalg.norm(exact)
 
 
+def test_a_new_network_tells_colours_apart_by_its_codes():
+  """By nats of the codes about the picture: the scale makes them many."""
+  model = dvae.Model(
+    image_size=8, num_codes=512, channels=16, channel_mult=(1, 2, 4)
+  )
+  colours = np.random.default_rng(0).uniform(0.1, 0.9, (64, 1, 1, 3))
+  x = jnp.asarray(np.broadcast_to(colours, (64, 8, 8, 3)), jnp.float32)
+  variables = model.init(jax.random.key(0), x)
+
+  def information(scale):
+    _, out = jax.jit(model.clone(logit_scale=scale).apply)(variables, x)
+    log_q = jax.nn.log_softmax(out["logits"][:, 1, 1])
+    log_mean = jax.nn.logsumexp(log_q, axis=0) - np.log(len(x))
+    return jnp.mean(jnp.sum(jnp.exp(log_q) * (log_q - log_mean), axis=-1))
+
+  assert information(1.0) < 0.2
+  assert information(4.0) > 0.6
+
+
 def conv_params(kernel, n_in, n_out):
   return kernel**2 * n_in * n_out + n_out
 

@@ -176,7 +176,7 @@ def test_microbatches_draw_and_lose_the_same(variables):
 # Loss, gradient norm and norm of the parameters after one step of SGD. A change
 # means that the same task now trains something else: if that is what you want,
 # say so in CHANGELOG.md and put the new numbers (the test prints them).
-PINNED = (0.205728, 0.649053, 74.059517)
+PINNED = (0.188139, 0.897188, 74.059586)
 
 
 def test_a_step_is_pinned(variables):

@@ -8,8 +8,13 @@ between groups of blocks by max-pooling and ends in a 1 x 1 convolution to the
 logits of the codes. The decoder opens with a 1 x 1 convolution of the codes,
 one-hot or relaxed, which is the codebook, and doubles by repeating pixels.
 
-Deviation: sides are kept by padding with zeros and there is no normalisation,
-as there; compute in `dtype`, but the two layers at the codes are float32.
+Sides are kept by padding with zeros and there is no normalisation, as there;
+compute in `dtype`, but the two layers at the codes are float32.
+
+Deviations: the encoder sees pictures around 0, and `logit_scale` makes the
+logits of a new network larger. Then it gives unlike patches unlike codes from
+the start, by chance, and the decoder has something to learn from; else almost
+all patches get one code, and a short training ends with three.
 
 Sizes (appendix A.1; the code): 256 px, a grid of 32 x 32 of 8,192 codes;
 channels 256 x (1, 2, 4, 8), two blocks in a group, a codebook of width 128.
@@ -78,6 +83,7 @@ class Model(nn.Module):
       sides are halved.
     num_res_blocks: blocks of a group.
     codebook_width: of what a code becomes in the decoder.
+    logit_scale: what the encoder's output is multiplied by; 1 in the source.
     remat: what the backward pass keeps of each block (layers/remat.py).
     dtype: compute dtype; parameters are float32.
   """
@@ -88,6 +94,7 @@ class Model(nn.Module):
   channel_mult: tuple[int, ...] = (1, 2, 4, 8)
   num_res_blocks: int = 2
   codebook_width: int = 128
+  logit_scale: float = 1.0
   remat: bool | str = False
   dtype: DTypeLike = jnp.float32
 
@@ -142,12 +149,13 @@ class Model(nn.Module):
 
   def encode(self, x: jax.Array) -> jax.Array:
     """[B, S, S, 3] in (0, 1) -> logits of the codes [B, h, w, V] float32."""
-    x = self.encoder_in(x.astype(self.dtype))
+    x = self.encoder_in((4 * (x - 0.5)).astype(self.dtype))
     for i, group in enumerate(self.encoder_block):
       if i:
         x = nn.max_pool(x, (2, 2), (2, 2))
       x = self._run(group, x)
-    return self.encoder_out(nn.relu(x).astype(jnp.float32))
+    logits = self.encoder_out(nn.relu(x).astype(jnp.float32))
+    return self.logit_scale * logits
 
   def decode(self, codes: jax.Array) -> jax.Array:
     """[B, h, w, V], rows that sum to 1 -> [B, S, S, 6] float32."""
