@@ -1,12 +1,12 @@
 """The best step is kept, and a run ends for want of a better one."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 
 from launch import jobs
+from tests import logged
 from unclip_jax import best, checkpoints, model_folder, trainer
 from unclip_jax.utils import config as config_lib
 from unclip_jax.utils import errors, trees
@@ -90,9 +90,8 @@ def stopped(tmp_path_factory):
   return workdir, config
 
 
-def losses(workdir, metric=METRIC):
-  rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
-  return {row["step"]: row[metric] for row in rows if metric in row}
+def losses(workdir):
+  return logged.values(workdir, METRIC)
 
 
 def test_the_run_ends_two_evaluations_after_its_best(stopped):
@@ -108,9 +107,11 @@ def test_at_the_end_the_best_step_is_evaluated(stopped):
   workdir, _ = stopped
   found, end = losses(workdir), max(losses(workdir))
   for name in ("loss", "at_end"):
-    assert losses(workdir, f"best/{name}/loss") == {end: min(found.values())}
+    assert logged.values(workdir, f"best/{name}/loss") == {
+      end: min(found.values())
+    }
   assert found[end] > min(found.values())
-  assert not losses(workdir, "eval/at_end/loss")
+  assert not logged.values(workdir, "eval/at_end/loss")
 
 
 def test_a_last_step_may_be_the_best(tmp_path):
@@ -118,7 +119,7 @@ def test_a_last_step_may_be_the_best(tmp_path):
   trainer.train(config, str(tmp_path))
   found = losses(tmp_path)
   assert found[2] < found[1]
-  assert losses(tmp_path, "best/loss/loss") == {2: found[2]}
+  assert logged.values(tmp_path, "best/loss/loss") == {2: found[2]}
 
 
 def test_whoever_loads_the_run_gets_the_best_step(stopped):

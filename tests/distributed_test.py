@@ -1,7 +1,6 @@
 """Two processes on loopback: equal to one, stopped together, never hanging."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -13,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import logged
 from unclip_jax import checkpoints, distributed, partitioning
 from unclip_jax.utils.errors import UserError
 
@@ -75,12 +75,6 @@ def log_of(workdir, i):
   return pathlib.Path(f"{workdir}.{i}.log").read_text()
 
 
-def losses(workdir, metric="train/loss"):
-  path = pathlib.Path(workdir) / "metrics.jsonl"
-  rows = [json.loads(x) for x in path.open()] if path.exists() else []
-  return {x["step"]: x[metric] for x in rows if metric in x}
-
-
 def last_leaves(workdir):
   step, flat = checkpoints.Checkpointer(workdir / "checkpoints").restore_flat()
   return step, {k: v for k, v in flat.items() if "params." in k}
@@ -102,7 +96,7 @@ def test_two_processes_equal_one(name, flags, tmp_path, run_python):
   with two_processes(name, two, *SGD, *flags) as processes:
     codes = [process.wait(timeout=240) for process in processes]
   assert codes == [0, 0], log_of(two, 0) + log_of(two, 1)
-  found, expected = losses(two), losses(one)
+  found, expected = logged.values(two), logged.values(one)
   assert list(found) == list(expected) == [1, 2]
   np.testing.assert_allclose(
     list(found.values()), list(expected.values()), rtol=1e-5
@@ -137,15 +131,15 @@ def test_two_processes_look_at_the_best_step(flags, tmp_path):
   with two_processes("upsampler", workdir, *flags) as processes:
     codes = [process.wait(timeout=240) for process in processes]
   assert codes == [0, 0], log_of(workdir, 0) + log_of(workdir, 1)
-  found = losses(workdir, "eval/loss/loss")
+  found = logged.values(workdir, "eval/loss/loss")
   least, end = min(found, key=found.get), max(found)
   assert end == least + 2 < 12
-  assert losses(workdir, "best/loss/loss") == {end: found[least]}
+  assert logged.values(workdir, "best/loss/loss") == {end: found[least]}
 
 
 def wait_for_step(workdir, step, processes):
   deadline = time.monotonic() + 180
-  while max(losses(workdir), default=0) < step:
+  while max(logged.values(workdir), default=0) < step:
     assert all(p.poll() is None for p in processes), log_of(workdir, 0)
     assert time.monotonic() < deadline, log_of(workdir, 0)
     time.sleep(0.1)
@@ -167,7 +161,7 @@ def test_a_process_that_stops_stops_the_other(tmp_path, run_python):
     codes = [process.wait(timeout=60) for process in processes]
   assert codes == [0, 0], log_of(workdir, 0) + log_of(workdir, 1)
   (saved,) = checkpoints.Checkpointer(workdir / "checkpoints").steps()
-  assert saved == max(losses(workdir)) >= 3
+  assert saved == max(logged.values(workdir)) >= 3
 
   with two_processes("clip", workdir, *flags, devices=1) as processes:
     wait_for_step(workdir, saved + 3, processes)
